@@ -1,0 +1,213 @@
+"""The paged KV cache: every layer's keys and values in two preallocated arrays.
+
+Layout (documented here once; everything else goes through the functions below):
+
+    k_pages, v_pages   [num_layers, num_pages, num_kv_heads, page_size, head_dim]
+
+A *page* holds ``page_size`` consecutive tokens of one sequence, for all layers and heads. One
+``[page_size, head_dim]`` tile per (layer, page, head) is contiguous, which is what a kernel copies
+at a time; heads have an axis of their own so that a mesh can shard them. A *slot* is one token's
+place: ``slot = page * page_size + offset``. Token ``i`` of row ``r`` lies in
+
+    page   = block_tables[r, i // page_size]
+    offset = i % page_size
+
+and a row holding ``kv_lens[r]`` tokens uses ``ceil(kv_lens[r] / page_size)`` pages, of which the
+last holds ``kv_lens[r] - page_size * (ceil(kv_lens[r] / page_size) - 1)`` valid tokens.
+
+Worked example: ``page_size=4``, ``num_pages=6``; row 0 holds 6 tokens in pages 2 and 0, so
+``block_tables[0] = [2, 0, 6, ...]`` (6, the number of pages, means "no page") and
+``kv_lens[0] = 6``. Token 5 lies in page ``block_tables[0, 1] = 0`` at offset ``1``: slot 1. The
+next token, number 6, goes to slot 2. With 2 layers, 3 KV heads, head_dim 8 and bf16 a page takes
+``2 * 2 * 3 * 4 * 8 * 2 = 768`` bytes (the first 2 for K and V) and a token a quarter of that.
+
+The arrays are meant to be donated to the jitted step and carried through its loops: `write` and
+`copy_pages` then change them in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from paxattn.page_table import PageCopies
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of all layers, in pages.
+
+    Attributes:
+        k_pages: ``[num_layers, num_pages, num_kv_heads, page_size, head_dim]``, floating point.
+        v_pages: the same shape and dtype.
+    """
+
+    k_pages: jax.Array
+    v_pages: jax.Array
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return self.k_pages.shape[0]
+
+    @property
+    def num_pages(self) -> int:
+        """Number of pages in the pool."""
+        return self.k_pages.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.k_pages.shape[2]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.k_pages.shape[3]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements per head."""
+        return self.k_pages.shape[4]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V that one token takes over all layers."""
+        itemsize = jnp.dtype(self.k_pages.dtype).itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of K and V that one page takes over all layers."""
+        return self.bytes_per_token * self.page_size
+
+
+def init_kv_cache(
+    *,
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> KVCache:
+    """Allocate a zeroed cache.
+
+    Args:
+        num_layers: layers that keep keys and values.
+        num_pages: pages in the pool, as in the `PageTable` used with it.
+        page_size: tokens per page, as in the `PageTable` used with it.
+        num_kv_heads: key/value heads per layer.
+        head_dim: elements per head.
+        dtype: a floating point dtype.
+
+    Raises:
+        ValueError: a size is not a positive integer, or the dtype is not floating point.
+    """
+    sizes = {
+        "num_layers": num_layers,
+        "num_pages": num_pages,
+        "num_kv_heads": num_kv_heads,
+        "page_size": page_size,
+        "head_dim": head_dim,
+    }
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r} must be a positive integer")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be floating point, such as bfloat16")
+    shape = tuple(sizes.values())
+    return KVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
+
+
+def write(
+    cache: KVCache, layer: ArrayLike, slots: jax.Array, k: jax.Array, v: jax.Array
+) -> KVCache:
+    """Store one layer's new keys and values.
+
+    In place on a donated cache, with one exception: on CPUs, jax 0.10 computes bf16 scatters in
+    f32 and passes the whole pool through a conversion. Use f32 or f16 pages there.
+
+    Args:
+        cache: the cache; donate it to the enclosing jit to have it changed in place.
+        layer: which layer, an integer or i32[].
+        slots: i32[T], from `page_table.slot_mapping`: distinct. Slots at or beyond
+            ``num_pages * page_size`` are dropped, which is how inactive tokens write nothing.
+        k: ``[T, num_kv_heads, head_dim]``, cast to the cache's dtype.
+        v: ``[T, num_kv_heads, head_dim]``.
+
+    Raises:
+        ValueError: a shape does not fit the cache.
+    """
+    expected = (slots.shape[0], cache.num_kv_heads, cache.head_dim)
+    for name, new in (("k", k), ("v", v)):
+        if new.shape != expected:
+            raise ValueError(
+                f"{name}.shape={new.shape} must be {expected}: (tokens, num_kv_heads, head_dim)"
+            )
+    layers = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), slots.shape)
+    pages, offsets = slots // cache.page_size, slots % cache.page_size
+
+    def store(pool: jax.Array, new: jax.Array) -> jax.Array:
+        # unique_indices: without it GPU scatters of 16-bit types fall back to a slow atomic loop.
+        return pool.at[layers, pages, :, offsets].set(
+            new.astype(pool.dtype), mode="drop", unique_indices=True
+        )
+
+    return KVCache(k_pages=store(cache.k_pages, k), v_pages=store(cache.v_pages, v))
+
+
+def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
+    """Run the copies that a table step asked for, in all layers.
+
+    Must run before any write, read or further table step: the table already points at the
+    destinations, and the sources may be handed out again by the next step. A loop over
+    ``copies.count``: a step without copies costs nothing.
+
+    Args:
+        cache: the cache; donate it to the enclosing jit to have it changed in place.
+        copies: from `page_table.reserve`; the first ``count`` pairs are copied, in order.
+    """
+
+    def copy_one(i: jax.Array, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def move(pool: jax.Array) -> jax.Array:
+            page = lax.dynamic_slice_in_dim(pool, copies.src[i], 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(pool, page, copies.dst[i], axis=1)
+
+        return tuple(move(pool) for pool in pools)
+
+    k_pages, v_pages = lax.fori_loop(0, copies.count, copy_one, (cache.k_pages, cache.v_pages))
+    return KVCache(k_pages=k_pages, v_pages=v_pages)
+
+
+def scrub(cache: KVCache, pages: jax.Array, start: ArrayLike, stop: ArrayLike) -> KVCache:
+    """Zero the pages ``pages[start:stop]`` in all layers.
+
+    Attention never reads a slot that its row does not own, so this is not needed for correct
+    results; it is for tenants who must not trust masks alone. The pages that a table step gave
+    back are the top of the free stack:
+
+        freed = page_table.release(table, mask)
+        cache = kv_cache.scrub(cache, freed.free_pages, table.num_free, freed.num_free)
+
+    Args:
+        cache: the cache; donate it to the enclosing jit to have it changed in place.
+        pages: i32[K], page ids; those out of range are skipped.
+        start: first index into ``pages``, i32[].
+        stop: one past the last index, i32[].
+    """
+    zeros = jnp.zeros_like(cache.k_pages, shape=(cache.num_layers, *cache.k_pages.shape[2:]))
+
+    def zero_one(i: jax.Array, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        page = jnp.where(pages[i] < 0, cache.num_pages, pages[i])
+        return tuple(pool.at[:, page].set(zeros, mode="drop") for pool in pools)
+
+    start, stop = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
+    stop = jnp.minimum(stop, pages.shape[0])
+    k_pages, v_pages = lax.fori_loop(start, stop, zero_one, (cache.k_pages, cache.v_pages))
+    return KVCache(k_pages=k_pages, v_pages=v_pages)

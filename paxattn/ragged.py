@@ -1,0 +1,72 @@
+"""A ragged batch: which tokens one step runs, where they belong and where their KV goes.
+
+One step serves rows with unequal numbers of new tokens (prefill, decode, or both), packed one row
+after the other without gaps. Everything that the layers need to know about that packing is worked
+out here once per step and shared by all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from paxattn.page_table import PageTable, slot_mapping, token_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RaggedBatch:
+    """The tokens of one step (R rows, M pages per row at most, T packed tokens).
+
+    Attributes:
+        block_tables: i32[R, M], the table's.
+        kv_lens: i32[R], tokens per row *including* this step's.
+        cu_q_lens: i32[R + 1], prefix sum of the rows' new tokens: row ``r`` owns the packed tokens
+            ``cu_q_lens[r]:cu_q_lens[r + 1]``; tokens from ``cu_q_lens[R]`` on are padding.
+        rows: i32[T], the row of each token (0 for padding).
+        positions: i32[T], the place of each token in its sequence (0 for padding).
+        slots: i32[T], where each token's K and V are written; out of range for padding.
+        max_q_len: static upper bound of a row's new tokens; 1 means a decode step.
+    """
+
+    block_tables: jax.Array
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    rows: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+    max_q_len: int = field(metadata={"static": True})
+
+
+def ragged_batch(
+    table: PageTable, q_lens: jax.Array, *, num_tokens: int, max_q_len: int | None = None
+) -> RaggedBatch:
+    """Describe a step that adds ``q_lens[r]`` tokens to row ``r``.
+
+    Call it after `page_table.reserve` made room and before `page_table.append` counts the tokens.
+
+    Args:
+        table: the page table, ``kv_lens`` not yet advanced.
+        q_lens: i32[R], new tokens per row; their sum must not exceed ``num_tokens``.
+        num_tokens: static number of packed tokens T, padding included.
+        max_q_len: static upper bound of ``q_lens``; ``num_tokens`` by default.
+
+    Raises:
+        ValueError: ``max_q_len`` is not in ``1..num_tokens``.
+    """
+    max_q_len = num_tokens if max_q_len is None else max_q_len
+    if not 1 <= max_q_len <= num_tokens:
+        raise ValueError(f"{max_q_len=} must be between 1 and {num_tokens=}")
+    rows, offsets, active = token_rows(q_lens, num_tokens)
+    first = jnp.zeros_like(q_lens, shape=(1,))
+    return RaggedBatch(
+        block_tables=table.block_tables,
+        kv_lens=table.kv_lens + q_lens,
+        cu_q_lens=jnp.concatenate([first, jnp.cumsum(q_lens, dtype=q_lens.dtype)]),
+        rows=rows,
+        positions=jnp.where(active, table.kv_lens[rows] + offsets, 0),
+        slots=slot_mapping(table, q_lens, num_tokens),
+        max_q_len=max_q_len,
+    )
