@@ -1,0 +1,177 @@
+"""Sampling against plain numpy, and its independence of the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paxattn.sampling import SamplingParams, penalize_repetition, row_sampling, sample
+
+V = 64
+R = 8
+RNG = np.random.default_rng(0)
+LOGITS = jnp.asarray(RNG.normal(size=(R, V)) * 2, jnp.float32)
+STEP = jax.jit(sample)
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def draw(logits, params, num_generated=None, seen=None):
+    rows = logits.shape[0]
+    num_generated = jnp.zeros(rows, jnp.int32) if num_generated is None else num_generated
+    seen = jnp.zeros(logits.shape, bool) if seen is None else seen
+    params = params if isinstance(params, list) else [params] * rows
+    return STEP(logits, row_sampling(params, rows), num_generated, seen)
+
+
+def allowed_by_numpy(x, params):
+    """The tokens that transformers' warpers would keep, one row, in float64."""
+    x = np.asarray(x, np.float64).copy()
+    if params.top_k:
+        x[x < np.sort(x)[-min(params.top_k, x.size)]] = -np.inf
+    if params.top_p < 1:
+        order = np.argsort(-x)
+        mass = np.exp(x - x.max())
+        mass /= mass.sum()
+        kept = order[: int(np.searchsorted(np.cumsum(mass[order]), params.top_p)) + 1]
+        x[np.setdiff1d(np.arange(x.size), kept)] = -np.inf
+    if params.min_p:
+        x[np.exp(x - x.max()) < params.min_p] = -np.inf
+    return set(np.flatnonzero(np.isfinite(x)).tolist())
+
+
+def test_greedy_is_argmax_and_logprobs_are_the_models_own():
+    tokens, logprobs = draw(LOGITS, SamplingParams())
+    np.testing.assert_array_equal(tokens, np.argmax(LOGITS, axis=1))
+    expected = jax.nn.log_softmax(LOGITS)[jnp.arange(R), tokens]
+    np.testing.assert_allclose(logprobs, expected, atol=1e-6)
+    hot, logprobs = draw(LOGITS, SamplingParams(temperature=3.0, top_k=7, seed=3))
+    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(LOGITS)[jnp.arange(R), hot], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_k": 10 * V},
+        {"top_p": 0.6},
+        {"top_p": 1e-6},
+        {"min_p": 0.2},
+        {"top_k": 12, "top_p": 0.7, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_filters_keep_exactly_what_sorting_would(filters):
+    params = SamplingParams(temperature=1.0, **filters)
+    rows = jnp.tile(LOGITS[:1], (2048, 1))
+    many = [SamplingParams(temperature=1.0, seed=i, **filters) for i in range(2048)]
+    drawn = set(np.asarray(draw(rows, many)[0]).tolist())
+    allowed = allowed_by_numpy(LOGITS[0], params)
+    assert drawn <= allowed
+    likely = np.exp(np.asarray(LOGITS[0]))
+    mass = likely[sorted(allowed)] / likely[sorted(allowed)].sum()
+    # Whatever has a 1 % chance fails to come up in 2,048 draws once in 10**9.
+    assert {t for t, m in zip(sorted(allowed), mass, strict=True) if m > 0.01} <= drawn
+
+
+def test_samples_follow_the_distribution():
+    n, temperature = 2048, 0.7
+    rows = jnp.tile(LOGITS[:1], (n, 1))
+    many = [SamplingParams(temperature=temperature, seed=1000 + i) for i in range(n)]
+    counts = np.bincount(np.asarray(draw(rows, many)[0]), minlength=V)
+    expected = np.asarray(jax.nn.softmax(LOGITS[0] / temperature), np.float64) * n
+    big = expected >= 5
+    observed = np.append(counts[big], counts[~big].sum())
+    expected = np.append(expected[big], expected[~big].sum())
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    own = SamplingParams(temperature=1.0, top_p=0.9, seed=7)
+    others = [SamplingParams(temperature=0.5 + i, top_k=i, seed=100 + i) for i in range(R)]
+    others[3] = own
+    crowd, _ = draw(LOGITS, others)
+    alike, _ = draw(jnp.tile(LOGITS[3:4], (R, 1)), own)
+    assert set(np.asarray(alike).tolist()) == {int(crowd[3])}
+
+
+def test_seed_and_position_change_the_draw():
+    rows = jnp.zeros((R, V), jnp.float32)
+    same_seed = draw(rows, SamplingParams(temperature=1.0), jnp.arange(R, dtype=jnp.int32))[0]
+    seeds = draw(rows, [SamplingParams(temperature=1.0, seed=2**32 - 1 - i) for i in range(R)])[0]
+    assert len(set(np.asarray(same_seed).tolist())) > R // 2
+    assert len(set(np.asarray(seeds).tolist())) > R // 2
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    seen = jnp.asarray(RNG.random((R, V)) < 0.5)
+    penalty = jnp.asarray(RNG.uniform(0.5, 2, R), jnp.float32)
+    x = np.asarray(LOGITS)
+    expected = np.where(
+        seen, np.where(x < 0, x * penalty[:, None], x / np.asarray(penalty)[:, None]), x
+    )
+    np.testing.assert_allclose(penalize_repetition(LOGITS, seen, penalty), expected, rtol=1e-6)
+    tokens, _ = draw(LOGITS - 10, SamplingParams(repetition_penalty=1e9), seen=LOGITS > 0)
+    assert (np.asarray(LOGITS)[np.arange(R), tokens] <= 0).all()
+
+
+def test_greedy_rows_beside_sampling_rows_stay_greedy():
+    params = [SamplingParams(temperature=0.0 if i % 2 else 5.0, top_k=3) for i in range(R)]
+    tokens, _ = draw(LOGITS, params)
+    np.testing.assert_array_equal(tokens[1::2], np.argmax(LOGITS, axis=1)[1::2])
+
+
+def test_logits_processor_runs_first():
+    def only_five(logits, num_generated):
+        return jnp.where(jnp.arange(V) == 5, logits, -jnp.inf) + 0 * num_generated[:, None]
+
+    with jax.numpy_dtype_promotion("standard"):
+        tokens, _ = sample(
+            LOGITS,
+            row_sampling([SamplingParams(temperature=1.0, top_p=0.5)] * R, R),
+            jnp.zeros(R, jnp.int32),
+            logits_processor=only_five,
+        )
+    assert (np.asarray(tokens) == 5).all()
+
+
+def test_ties_and_infinities():
+    flat = jnp.zeros((R, V), jnp.float32)
+    assert (np.asarray(draw(flat, SamplingParams(temperature=1.0, top_k=1))[0]) < V).all()
+    one = jnp.full((R, V), -jnp.inf, jnp.float32).at[:, 9].set(0.0)
+    for params in (SamplingParams(), SamplingParams(temperature=2.0, top_p=0.1, min_p=0.9)):
+        assert (np.asarray(draw(one, params)[0]) == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("temperature", -0.1, "a number >= 0"),
+        ("temperature", float("nan"), "a number >= 0"),
+        ("temperature", float("inf"), "a number >= 0"),
+        ("top_k", -1, "an integer >= 0"),
+        ("top_k", 1.5, "an integer >= 0"),
+        ("top_p", 0.0, r"in \(0, 1\]"),
+        ("top_p", 1.1, r"in \(0, 1\]"),
+        ("min_p", 2.0, r"in \[0, 1\]"),
+        ("repetition_penalty", 0.0, "a number > 0"),
+        ("top_k", float("nan"), "an integer >= 0"),
+        ("seed", -1, r"an integer in 0\.\.2\*\*32-1"),
+        ("seed", 2**32, r"an integer in 0\.\.2\*\*32-1"),
+    ],
+)
+def test_bad_parameters_name_value_and_range(field, value, wanted):
+    with pytest.raises(ValueError, match=f"{field}=.*must be {wanted}"):
+        row_sampling([SamplingParams(**{field: value})], 1)
+
+
+def test_more_requests_than_rows():
+    with pytest.raises(ValueError, match="3 requests do not fit num_rows=2"):
+        row_sampling([SamplingParams()] * 3, 2)
