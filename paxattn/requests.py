@@ -1,0 +1,183 @@
+"""What a caller asks of `generate`: checked, tokenized, and rounded up to compiled shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tokenizers import Tokenizer
+
+from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
+
+Prompt = str | Sequence[int]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of `generate` and `stream`.
+
+    Attributes:
+        tokenizer: encodes text prompts and decodes completions; without it only ids go in and out.
+        max_new_tokens: for all prompts, or one for each; 128 by default.
+        sampling: `SamplingParams` for all prompts, or one for each; greedy by default.
+        stop_token_ids: tokens that end a completion, such as the checkpoint's eos ids.
+        stop: strings that end a completion and are left out of its text; needs a tokenizer.
+        page_size: tokens per page, 1 to 256; 16 by default.
+        num_pages: pages in the pool; by default enough for every prompt to run to its end.
+        prefill_chunk: prompt tokens per prefill step; 512 by default.
+        cache_dtype: dtype of the KV cache; the model's by default.
+        logits_processor: traceable ``(logits f32[R, V], num_generated i32[R]) -> logits``; a
+            different function object compiles anew.
+    """
+
+    tokenizer: Tokenizer | None
+    max_new_tokens: int | Sequence[int]
+    sampling: SamplingParams | Sequence[SamplingParams]
+    stop_token_ids: Sequence[int]
+    stop: Sequence[str]
+    page_size: int
+    num_pages: int | None
+    prefill_chunk: int
+    cache_dtype: DTypeLike | None
+    logits_processor: LogitsProcessor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Static sizes of a generation: what is compiled for."""
+
+    page_size: int
+    num_pages: int
+    max_pages_per_seq: int
+    capacity: int
+    chunk: int
+    cache_dtype: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Checked requests, padded to buckets."""
+
+    prompts: list[list[int]]
+    packed: np.ndarray
+    prompt_lens: np.ndarray
+    max_new_tokens: np.ndarray
+    stop_ids: np.ndarray
+    sampling: RowSampling
+    sizes: Sizes
+
+
+def _bucket(n: int, smallest: int = 1) -> int:
+    """Smallest 2**k or 3 * 2**k that is at least ``n`` and ``smallest``."""
+    n = max(n, smallest)
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= n else power
+
+
+def _tokenize(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int
+) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of prompts, not one string: [{prompts[:40]!r}]")
+    ids: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"prompt {i} is text: pass tokenizer=, or token ids instead")
+            ids.append(tokenizer.encode(prompt).ids)
+        else:
+            ids.append([int(token) for token in prompt])
+        if not ids[i]:
+            raise ValueError(f"prompt {i} has no tokens: a model needs at least one to start from")
+        wrong = [token for token in ids[i] if not 0 <= token < vocab]
+        if wrong:
+            raise ValueError(
+                f"prompt {i} has token id {wrong[0]}: not in the model's 0..{vocab - 1}"
+            )
+    return ids
+
+
+def _per_prompt(name: str, value: Any, kind: type, count: int) -> list[Any]:
+    """One value for all prompts, or a sequence with one for each."""
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+    return values
+
+
+def prepare_requests(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+    stop_token_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    page_size: int = 16,
+    num_pages: int | None = None,
+    prefill_chunk: int = 512,
+    cache_dtype: DTypeLike | None = None,
+    logits_processor: LogitsProcessor | None = None,
+) -> Requests:
+    """Check the requests and round their shapes up to buckets."""
+    config = model.config
+    ids = _tokenize(prompts, tokenizer, config.vocab_size)
+    new = _per_prompt("max_new_tokens", max_new_tokens, int, len(ids))
+    params = _per_prompt("sampling", sampling, SamplingParams, len(ids))
+    for i, (prompt, n) in enumerate(zip(ids, new, strict=True)):
+        if n < 0:
+            raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
+        if len(prompt) + n > config.max_positions:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={n}: more than the model's "
+                f"{config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+    if not 1 <= page_size <= 256:
+        raise ValueError(f"{page_size=} must be between 1 and 256 tokens")
+    unknown = [token for token in stop_token_ids if not 0 <= token < config.vocab_size]
+    if unknown:
+        raise ValueError(
+            f"stop_token_ids has {unknown[0]}: not in the model's 0..{config.vocab_size - 1}"
+        )
+    if prefill_chunk < 1:
+        raise ValueError(f"{prefill_chunk=} must be at least 1 token")
+
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"{stop=} must be a list of non-empty strings")
+    if stop and tokenizer is None:
+        raise ValueError(f"{stop=} needs tokenizer= to turn tokens into text")
+
+    num_rows = _bucket(len(ids))
+    total = _bucket(sum(map(len, ids)), 16)
+    capacity = _bucket(max(new, default=0), 16)
+    longest = _bucket(max(map(len, ids), default=0), 16) + capacity
+    enough = total // page_size + num_rows * (capacity // page_size + 2)
+    sizes = Sizes(
+        page_size=page_size,
+        num_pages=enough if num_pages is None else num_pages,
+        max_pages_per_seq=-(-longest // page_size),
+        capacity=capacity,
+        chunk=min(total, prefill_chunk),
+        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
+    )
+    packed = np.zeros(total, np.int32)
+    flat = [token for prompt in ids for token in prompt]
+    packed[: len(flat)] = flat
+    stop_ids = np.full((num_rows, _bucket(len(stop_token_ids), 8)), -1, np.int32)
+    stop_ids[:, : len(stop_token_ids)] = list(stop_token_ids)
+    spare = (0, num_rows - len(ids))
+    return Requests(
+        prompts=ids,
+        packed=packed,
+        prompt_lens=np.pad(np.array([len(p) for p in ids], np.int32), spare),
+        max_new_tokens=np.pad(np.array(new, np.int32), spare),
+        stop_ids=stop_ids,
+        sampling=row_sampling(params, num_rows),
+        sizes=sizes,
+    )

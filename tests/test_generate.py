@@ -1,0 +1,277 @@
+"""Generation end to end on a tiny random decoder: batches, buckets, stops, pressure, poison."""
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from paxattn import page_table
+from paxattn.generate import Stream, generate, stream
+from paxattn.kv_cache import KVCache
+from paxattn.models import Decoder, DecoderConfig
+from paxattn.sampling import SamplingParams
+
+V = 257
+CONFIG = DecoderConfig(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=64,
+)
+MODEL = Decoder(CONFIG, rngs=nnx.Rngs(0))
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, V, n).tolist() for n in (5, 1, 9, 16)]
+SAMPLING = [SamplingParams(temperature=2.0, top_p=0.95, seed=40 + i) for i in range(4)]
+# One set of shapes for most tests, so that they share what is compiled.
+SHAPE = {"page_size": 4, "num_pages": 48, "max_new_tokens": 12}
+
+
+def tokens_of(generation):
+    return [completion.tokens for completion in generation.completions]
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return generate(MODEL, PROMPTS, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    return generate(MODEL, PROMPTS, sampling=SAMPLING, **SHAPE)
+
+
+def test_batch_equals_one_at_a_time(sampled):
+    alone = generate(MODEL, PROMPTS[2:3], sampling=SAMPLING[2], **SHAPE)
+    assert tokens_of(alone) == tokens_of(sampled)[2:3]
+    # The same in other company, in another row (and in shapes that are compiled already).
+    order = [3, 0, 2, 1]
+    others = generate(
+        MODEL, [PROMPTS[i] for i in order], sampling=[SAMPLING[i] for i in order], **SHAPE
+    )
+    assert tokens_of(others) == [tokens_of(sampled)[i] for i in order]
+
+
+def test_stream_is_generate(sampled):
+    for block in (1, 5):
+        running = stream(MODEL, PROMPTS, block=block, sampling=SAMPLING, **SHAPE)
+        got = [[] for _ in PROMPTS]
+        ended = {}
+        for delta in running:
+            got[delta.index] += delta.tokens
+            if delta.finish_reason:
+                assert delta.index not in ended
+                ended[delta.index] = delta.finish_reason
+        assert got == tokens_of(sampled)
+        assert ended == dict.fromkeys(range(4), "length")
+        assert running.stats() == sampled.stats
+
+
+def test_prefill_in_small_chunks_gives_the_same(sampled):
+    chunked = generate(MODEL, PROMPTS, sampling=SAMPLING, prefill_chunk=3, **SHAPE)
+    assert tokens_of(chunked) == tokens_of(sampled)
+
+
+@pytest.mark.parametrize("page_size", [1, 256])
+def test_page_size_does_not_matter(sampled, page_size):
+    other = generate(MODEL, PROMPTS, sampling=SAMPLING, page_size=page_size, max_new_tokens=12)
+    assert tokens_of(other) == tokens_of(sampled)
+
+
+def test_logprobs_are_those_of_the_sequence(sampled):
+    # Feed one completion back, longer each time: greedy's first logprob is the largest of the
+    # distribution that the sampled token came from.
+    one = sampled.completions[1]
+    cuts = (0, 4, 10, 11)
+    best = generate(MODEL, [one.prompt_tokens + one.tokens[:i] for i in cuts], **SHAPE).completions
+    for i, completion in zip(cuts, best, strict=True):
+        assert one.logprobs[i] <= completion.logprobs[0] + 1e-5
+        if one.tokens[i] == completion.tokens[0]:
+            np.testing.assert_allclose(one.logprobs[i], completion.logprobs[0], atol=1e-5)
+
+
+class Poisoned(Decoder):
+    """A decoder whose pool starts out full of NaN."""
+
+    def init_cache(self, **sizes):
+        cache = super().init_cache(**sizes)
+        nan = jnp.full_like(cache.k_pages, jnp.nan)
+        return KVCache(k_pages=nan, v_pages=nan)
+
+
+def test_a_poisoned_pool_changes_no_bit(sampled):
+    poisoned = generate(Poisoned(CONFIG, rngs=nnx.Rngs(0)), PROMPTS, sampling=SAMPLING, **SHAPE)
+    assert poisoned == sampled
+
+
+def test_all_pages_come_back():
+    running = Stream(MODEL, PROMPTS, 3, SHAPE)
+    held = []
+    for _ in running:
+        table = running._state.table
+        page_table.check_invariants(table)
+        held.append(48 - int(table.num_free))
+    assert max(held) > 0
+    assert held[-1] == 0
+
+
+def test_out_of_pages_ends_only_those_affected(greedy):
+    # 10 pages of 4: the prompts take 2 + 1 + 3 + 4, so growing rows soon find none left.
+    tight = generate(MODEL, PROMPTS, **{**SHAPE, "num_pages": 10})
+    reasons = [completion.finish_reason for completion in tight.completions]
+    assert "out_of_pages" in reasons
+    assert "length" in reasons
+    for completion, whole in zip(tight.completions, tokens_of(greedy), strict=True):
+        assert completion.tokens == whole[: len(completion.tokens)]
+    assert tight.stats.peak_pages == 10
+
+
+def test_a_row_that_fails_in_the_middle_of_its_prompt_disturbs_nobody(greedy):
+    # In chunks of 3 tokens the 16 of the last prompt run out of pages half way.
+    tight = generate(MODEL, PROMPTS, prefill_chunk=3, **{**SHAPE, "num_pages": 8})
+    assert tight.completions[3].finish_reason == "out_of_pages"
+    assert tight.completions[3].tokens == []
+    for completion, whole in zip(tight.completions, tokens_of(greedy), strict=True):
+        assert completion.tokens == whole[: len(completion.tokens)]
+    assert any(len(completion.tokens) == 12 for completion in tight.completions)
+
+
+def test_max_new_tokens_per_prompt_and_zero(greedy):
+    out = generate(MODEL, PROMPTS, **{**SHAPE, "max_new_tokens": [12, 0, 1, 5]})
+    assert [len(c.tokens) for c in out.completions] == [12, 0, 1, 5]
+    assert [c.finish_reason for c in out.completions] == ["length"] * 4
+    for completion, whole in zip(out.completions, tokens_of(greedy), strict=True):
+        assert completion.tokens == whole[: len(completion.tokens)]
+    nothing = generate(MODEL, PROMPTS, **{**SHAPE, "max_new_tokens": 0})
+    assert tokens_of(nothing) == [[], [], [], []]
+
+
+def test_stop_tokens_end_rows_even_at_the_first_token(greedy):
+    first = tokens_of(greedy)[1][0]
+    third = tokens_of(greedy)[3][2]
+    out = generate(MODEL, PROMPTS, stop_token_ids=[first, third], **SHAPE)
+    for completion, whole in zip(out.completions, tokens_of(greedy), strict=True):
+        cut = [i for i, token in enumerate(whole) if token in (first, third)]
+        expected = whole[: cut[0] + 1] if cut else whole
+        assert completion.tokens == expected
+        assert completion.finish_reason == ("stop" if cut else "length")
+    assert out.completions[1].tokens == [first]
+
+
+def test_text_in_text_out_and_stop_strings():
+    texts = ["héllo", "x", "def f(x):", "import os"]
+    options = {**SHAPE, "tokenizer": TOKENIZER, "sampling": SAMPLING}
+    plain = generate(MODEL, texts, **options).completions
+    assert plain[0].prompt_tokens == TOKENIZER.encode("héllo").ids
+    assert plain[0].text == TOKENIZER.decode(plain[0].tokens)
+    # Text is made of whole characters, so pick the stop string from what is there.
+    whole = max(plain, key=lambda completion: len(completion.text)).text
+    middle = whole[2:4]
+    expected = [c.text.split(middle)[0] for c in plain]
+    cut = generate(MODEL, texts, stop=[middle, "never this"], **options).completions
+    assert [c.text for c in cut] == expected
+    assert [c.finish_reason == "stop" for c in cut] == [middle in c.text for c in plain]
+    assert any(c.finish_reason == "stop" for c in cut)
+    pieces = [""] * 4
+    running = stream(MODEL, texts, stop=[middle], **options)
+    for delta in running:
+        pieces[delta.index] += delta.text
+    assert pieces == expected
+    # A row ended by a stop string gives its pages back too.
+    assert int(running._state.table.num_free) == 48
+
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
+)
+
+
+def test_other_lengths_and_parameters_compile_nothing(sampled):
+    before = len(COMPILED)
+    other = [RNG.integers(0, V, n).tolist() for n in (3, 7, 4, 14)]
+    params = [SamplingParams(temperature=0.5 * i, top_k=i, min_p=0.1, seed=i) for i in range(4)]
+    generate(MODEL, other, sampling=params, stop_token_ids=[3, 4], **{**SHAPE, "max_new_tokens": 9})
+    generate(MODEL, other, **SHAPE)
+    assert len(COMPILED) == before
+    assert before > 0
+
+
+def test_repetition_penalty_counts_prompt_and_output():
+    out = generate(
+        MODEL, PROMPTS, sampling=SamplingParams(repetition_penalty=1e6), **SHAPE
+    ).completions
+    for completion in out:
+        sequence = completion.prompt_tokens[-1:] + completion.tokens
+        assert len(set(sequence)) == len(sequence)
+        assert not set(completion.tokens) & set(completion.prompt_tokens)
+
+
+def test_logits_processor():
+    def never_low(logits, num_generated):
+        low = jnp.arange(V) < jnp.where(num_generated[:, None] < 3, 200, 100)
+        return jnp.where(low, -jnp.inf, logits)
+
+    for tokens in tokens_of(generate(MODEL, PROMPTS, logits_processor=never_low, **SHAPE)):
+        assert min(tokens[:3]) >= 200
+        assert min(tokens[3:]) >= 100
+
+
+def test_stats(greedy):
+    stats = greedy.stats
+    assert stats.peak_pages == sum(-(-(len(p) + 11) // 4) for p in PROMPTS)
+    assert 0.5 < stats.utilization <= 1
+    assert stats.naive_utilization < stats.utilization
+    assert stats.bytes_per_page == 2 * 2 * 2 * 4 * 8 * 4
+    assert generate(MODEL, []).completions == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        (["text"], {}, ValueError, "prompt 0 is text: pass tokenizer="),
+        ("text", {}, TypeError, "prompts must be a list of prompts, not one string"),
+        ([[1], []], {}, ValueError, "prompt 1 has no tokens"),
+        ([[V]], {}, ValueError, f"prompt 0 has token id {V}: not in the model's 0..{V - 1}"),
+        ([[-1]], {}, ValueError, "prompt 0 has token id -1"),
+        ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens=-1 of prompt 0"),
+        ([[1]], {"max_new_tokens": [1, 2]}, ValueError, "max_new_tokens has 2 entries for 1 pro"),
+        ([[1]], {"sampling": []}, ValueError, "sampling has 0 entries for 1 prompts"),
+        ([[1]], {"max_new_tokens": 8, "sampling": SamplingParams(top_p=2)}, ValueError, "top_p=2 must be in"),
+        (
+            [[1] * 60],
+            {"max_new_tokens": 5},
+            ValueError,
+            "prompt 0 has 60 tokens and max_new_tokens=5: more than the model's 64 positions",
+        ),
+        ([[1]], {"max_new_tokens": 8, "prefill_chunk": 0}, ValueError, "prefill_chunk=0 must be"),
+        ([[1]], {"max_new_tokens": 8, "stop": ["a"]}, ValueError, "needs tokenizer="),
+        ([[1]], {"max_new_tokens": 8, "stop": "a"}, ValueError, "must be a list of non-empty"),
+        ([[1]], {"max_new_tokens": 8, "stop": [""]}, ValueError, "must be a list of non-empty"),
+        ([[1]], {"max_new_tokens": 8, "page_size": 0}, ValueError, "page_size"),
+        ([[1]], {"max_new_tokens": 8, "num_pages": 0}, ValueError, "num_pages"),
+        ([[1]], {"max_new_tokens": 8, "block": 0}, ValueError, "block=0 must be at least 1"),
+        ([[1]], {"max_new_tokens": 8, "stop_token_ids": [V]}, ValueError, "stop_token_ids"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_request_and_the_figures(prompts, options, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        list(stream(MODEL, prompts, **options))
