@@ -25,7 +25,7 @@ class RaggedBatch:
         kv_lens: i32[R], tokens per row *including* this step's.
         cu_q_lens: i32[R + 1], prefix sum of the rows' new tokens: row ``r`` owns the packed tokens
             ``cu_q_lens[r]:cu_q_lens[r + 1]``; tokens from ``cu_q_lens[R]`` on are padding.
-        rows: i32[T], the row of each token (0 for padding).
+        rows: i32[T], the row of each token (R, out of range, for padding).
         positions: i32[T], the place of each token in its sequence (0 for padding).
         slots: i32[T], where each token's K and V are written; out of range for padding.
         max_q_len: static upper bound of a row's new tokens; 1 means a decode step.

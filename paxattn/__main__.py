@@ -1,0 +1,5 @@
+"""``python -m paxattn``."""
+
+from paxattn.cli import main
+
+main()

@@ -1,0 +1,320 @@
+"""`paxattn generate | plan | doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+import click
+import jax
+import platformdirs
+from flax import nnx
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+import paxattn
+from paxattn.attention import implementations
+from paxattn.display import Report, show_live, show_plain, summary
+from paxattn.generate import stream
+from paxattn.memory import plan as memory_plan
+from paxattn.models import CheckpointError, Decoder, DecoderConfig, bundled, load
+from paxattn.models.config import read_config
+from paxattn.sampling import SamplingParams
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main() -> None:
+    """Entry point: one clear line for bad input, quiet for a closed pipe or Ctrl-C."""
+    try:
+        cli(standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f" (see {error.ctx.command_path} --help)"
+        _fail(f"{error.format_message()}{hint}", error.exit_code)
+    except (CheckpointError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has enough. Python flushes stdout at exit: give it a sink.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    click.echo(f"paxattn: error: {line}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(paxattn.__version__, prog_name="paxattn")
+def cli() -> None:
+    """Paged attention for JAX: generate text, plan memory, inspect this machine."""
+
+
+@cli.command()
+@click.option("--prompt", "-p", "prompts", multiple=True, help="A prompt; may be repeated.")
+@click.option(
+    "--prompt-file",
+    type=click.File("r", encoding="utf-8"),
+    help="One prompt per line; - for standard input (the default without --prompt).",
+)
+@click.option(
+    "--model",
+    "-m",
+    default=None,
+    help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
+)
+@click.option("--max-new-tokens", "-n", type=click.IntRange(0), default=64, show_default=True)
+@click.option(
+    "--temperature", "-t", type=float, default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass.")
+@click.option("--min-p", type=float, default=0.0, help="Keep tokens this likely, to the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Prompt i uses seed + i.")
+@click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), help="Of weights and cache.  [default: the checkpoint's]"
+)
+@click.option("--page-size", type=click.IntRange(1, 256), default=16, show_default=True)
+@click.option(
+    "--num-pages", type=click.IntRange(1), help="Pages in the pool.  [default: enough for all]"
+)
+@click.option("--quiet", "-q", is_flag=True, help="Only the text: no progress, no summary.")
+def generate(
+    prompts: tuple[str, ...],
+    prompt_file: TextIO | None,
+    model: str | None,
+    max_new_tokens: int,
+    seed: int,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    dtype: str | None,
+    page_size: int,
+    num_pages: int | None,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    r"""Complete prompts, all at once, out of one paged KV cache.
+
+    \b
+    paxattn generate -p "def read_config(path):" -p "class Stack:"
+    paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95
+    echo "import os" | paxattn generate
+    """
+    texts = _read_prompts(prompts, prompt_file)
+    params = [SamplingParams(seed=seed + i, **sampling) for i in range(len(texts))]
+    for one in params:
+        one.validate()
+    _use_compilation_cache()
+    log = Console(stderr=True, quiet=quiet)
+    with _loading(log) as progress:
+        checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
+    if checkpoint.tokenizer is None:
+        raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
+    running = stream(
+        checkpoint.model,
+        texts,
+        block=2,
+        tokenizer=checkpoint.tokenizer,
+        max_new_tokens=max_new_tokens,
+        sampling=params,
+        stop_token_ids=() if ignore_eos else checkpoint.stop_token_ids,
+        stop=stop,
+        page_size=page_size,
+        num_pages=num_pages,
+    )
+    report = Report(len(texts))
+    if sys.stdout.isatty() and not quiet:
+        show_live(running, texts, report, log)
+    else:
+        show_plain(running, texts, report, log)
+    if not quiet:
+        summary(log, report, running.stats(), checkpoint.config.max_positions)
+
+
+def _read_prompts(prompts: tuple[str, ...], file: TextIO | None) -> list[str]:
+    texts = list(prompts)
+    if file is None and not texts:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: pass --prompt, --prompt-file or standard input")
+        file = click.get_text_stream("stdin", encoding="utf-8")
+    if file is not None:
+        try:
+            texts += [line.rstrip("\r\n") for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{file.name} is not UTF-8 text: {error}") from None
+    if not texts:
+        raise click.UsageError("no prompt: the input is empty")
+    empty = [i for i, text in enumerate(texts) if not text]
+    if empty:
+        raise click.UsageError(f"prompt {empty[0]} is empty: a model needs something to start from")
+    return texts
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX was told where already."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("paxattn")) / "jax")
+        )
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def _loading(log: Console) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=log, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class _Bytes(click.ParamType):
+    """A number of bytes: 24GiB, 80GB, 512MiB or a plain integer."""
+
+    name = "bytes"
+    _UNITS: ClassVar = {f"{p}{u}": base ** (i + 1) for u, base in (("B", 1000), ("iB", 1024))
+                        for i, p in enumerate("KMGT")}  # fmt: skip
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B?)", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 24GiB, 80GB or 512MiB", param, ctx)
+        return int(float(match[1]) * self._UNITS.get(match[2], 1))
+
+
+@cli.command()
+@click.option("--model", "-m", default=None, help="Checkpoint directory: gives shapes and weights.")
+@click.option("--layers", type=click.IntRange(1), help="Without --model: layers.")
+@click.option("--kv-heads", type=click.IntRange(1), help="Without --model: KV heads per layer.")
+@click.option("--head-dim", type=click.IntRange(1), help="Without --model: elements per head.")
+@click.option(
+    "--weights", type=_Bytes(), help="Bytes of the weights.  [default: the model's, or 0]"
+)
+@click.option(
+    "--memory", type=_Bytes(), help="Budget, such as 24GiB.  [default: the first device's memory]"
+)
+@click.option("--max-len", type=click.IntRange(1), help="Tokens a sequence may grow to.")
+@click.option("--mean-len", type=click.IntRange(1), help="Tokens of a typical sequence.")
+@click.option("--shared-prefix", type=click.IntRange(0), default=0, help="Tokens all share.")
+@click.option("--page-size", type=click.IntRange(1, 256), default=16, show_default=True)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True)
+def plan(
+    model: str | None,
+    layers: int | None,
+    kv_heads: int | None,
+    head_dim: int | None,
+    weights: int | None,
+    memory: int | None,
+    max_len: int | None,
+    mean_len: int | None,
+    shared_prefix: int,
+    page_size: int,
+    dtype: str,
+) -> None:
+    r"""Tell how many sequences fit a device or a byte budget, paged and reserved naively.
+
+    \b
+    paxattn plan --model DIR --memory 24GiB --mean-len 500
+    paxattn plan --layers 32 --kv-heads 8 --head-dim 128 --weights 16GB --memory 80GB --mean-len 500
+    """
+    if model is not None:
+        config = read_config(Path(model))
+        shapes = (config.num_layers, config.num_kv_heads, config.head_dim)
+        max_len = max_len or config.max_positions
+        weights = _weight_bytes(config, dtype) if weights is None else weights
+    elif layers and kv_heads and head_dim:
+        shapes = (layers, kv_heads, head_dim)
+        max_len = max_len or 2048
+    else:
+        raise click.UsageError("pass --model, or all of --layers, --kv-heads and --head-dim")
+    if memory is None:
+        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        if memory is None:
+            raise click.UsageError("this device does not report its memory: pass --memory")
+    sizes = memory_plan(
+        memory_bytes=memory,
+        weight_bytes=weights or 0,
+        num_layers=shapes[0],
+        num_kv_heads=shapes[1],
+        head_dim=shapes[2],
+        max_len=max_len,
+        mean_len=mean_len or max(1, max_len // 4),
+        dtype=dtype,
+        page_size=page_size,
+        shared_prefix=shared_prefix,
+    )
+    console = Console(highlight=False)
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_row("budget", f"{decimal(sizes.memory_bytes)}, weights {decimal(sizes.weight_bytes)}")
+    facts.add_row("KV per token", f"{sizes.bytes_per_token:,} bytes ({dtype})")
+    facts.add_row(
+        "pages", f"{sizes.num_pages:,} of {page_size} tokens, {decimal(sizes.cache_bytes)}"
+    )
+    facts.add_row("page table", decimal(sizes.table_bytes))
+    facts.add_row("sequences", f"{sizes.mean_len:,} tokens each, at most {sizes.max_len:,}")
+    console.print(facts)
+    console.print()
+    result = Table("", "sequences at once", "of the held slots in use", box=None, pad_edge=False)
+    result.add_row("paged", f"{sizes.sequences_paged:,}", f"{sizes.utilization_paged:.1%}")
+    result.add_row(
+        f"{sizes.max_len:,} reserved for each",
+        f"{sizes.sequences_naive:,}",
+        f"{sizes.utilization_naive:.1%}",
+    )
+    console.print(result)
+
+
+def _weight_bytes(config: DecoderConfig, dtype: str) -> int:
+    """Bytes of a model's weights, from its shapes alone."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, stacked=True))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+@cli.command()
+def doctor() -> None:
+    """Show versions, devices, and which attention implementations this machine can use."""
+    console = Console(highlight=False)
+    versions = Table(show_header=False, box=None, pad_edge=False)
+    versions.add_row("paxattn", paxattn.__version__)
+    versions.add_row("python", sys.version.split()[0])
+    for name in ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers"):
+        versions.add_row(name, metadata.version(name))
+    console.print(versions)
+    console.print()
+
+    devices = Table("device", "platform", "kind", "memory", box=None, pad_edge=False)
+    for device in jax.devices():
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        size = decimal(limit) if limit else "not reported"
+        devices.add_row(str(device), device.platform, device.device_kind, size)
+    console.print(devices)
+    console.print()
+
+    choices = Table("attention", "available", "why", box=None, pad_edge=False)
+    for name, available, reason in implementations():
+        choices.add_row(name, "yes" if available else "no", reason)
+    console.print(choices)
+    if jax.default_backend() == "cpu":
+        console.print()
+        console.print(
+            'No accelerator is in use. With an NVIDIA GPU install "paxattn[cuda]", on a TPU host '
+            '"paxattn[tpu]".',
+            markup=False,
+        )
