@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import IO, Any, ClassVar
 
 import click
 import jax
@@ -89,7 +89,9 @@ def cli() -> None:
 @click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
 @click.option(
-    "--dtype", type=click.Choice(_DTYPES), help="Of weights and cache.  [default: the checkpoint's]"
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
 )
 @click.option("--page-size", type=click.IntRange(1, 256), default=16, show_default=True)
 @click.option(
@@ -98,7 +100,7 @@ def cli() -> None:
 @click.option("--quiet", "-q", is_flag=True, help="Only the text: no progress, no summary.")
 def generate(
     prompts: tuple[str, ...],
-    prompt_file: TextIO | None,
+    prompt_file: IO[str] | None,
     model: str | None,
     max_new_tokens: int,
     seed: int,
@@ -122,6 +124,8 @@ def generate(
     for one in params:
         one.validate()
     _use_compilation_cache()
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
     log = Console(stderr=True, quiet=quiet)
     with _loading(log) as progress:
         checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
@@ -148,12 +152,12 @@ def generate(
         summary(log, report, running.stats(), checkpoint.config.max_positions)
 
 
-def _read_prompts(prompts: tuple[str, ...], file: TextIO | None) -> list[str]:
+def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
     texts = list(prompts)
     if file is None and not texts:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt: pass --prompt, --prompt-file or standard input")
-        file = click.get_text_stream("stdin", encoding="utf-8")
+        file = click.open_file("-", encoding="utf-8")
     if file is not None:
         try:
             texts += [line.rstrip("\r\n") for line in file if line.strip()]
