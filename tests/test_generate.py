@@ -241,6 +241,9 @@ def test_stats(greedy):
     assert generate(MODEL, []).completions == []
 
 
+BAD = SamplingParams(top_p=2)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "message"),
     [
@@ -252,7 +255,7 @@ def test_stats(greedy):
         ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens=-1 of prompt 0"),
         ([[1]], {"max_new_tokens": [1, 2]}, ValueError, "max_new_tokens has 2 entries for 1 pro"),
         ([[1]], {"sampling": []}, ValueError, "sampling has 0 entries for 1 prompts"),
-        ([[1]], {"max_new_tokens": 8, "sampling": SamplingParams(top_p=2)}, ValueError, "top_p=2 must be in"),
+        ([[1]], {"max_new_tokens": 1, "sampling": BAD}, ValueError, "top_p=2 must be in"),
         (
             [[1] * 60],
             {"max_new_tokens": 5},

@@ -1,0 +1,285 @@
+"""What `paged_attention` accepts: every error that its arguments can cause.
+
+Only shapes, dtypes and static values are looked at, so the checks run on arrays, tracers and
+`jax.ShapeDtypeStruct`s alike, and cost nothing inside `jax.jit`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is static about one call: all that an implementation may base a refusal on.
+
+    Attributes:
+        num_tokens: T, places in the ragged batch.
+        num_rows: R.
+        num_q_heads: Hq.
+        num_kv_heads: Hkv.
+        head_dim: D.
+        page_size: P, tokens.
+        num_pages: N, per layer.
+        max_pages_per_seq: M.
+        num_layers: L, or None for pages of one layer.
+        dtype: of queries and pages.
+        max_q_len: bound on a row's new tokens.
+        causal: whether queries are blind to later positions.
+        window: whether a sliding window is given.
+        soft_cap: whether scores are capped.
+        sinks: whether sinks join the softmax.
+        return_lse: whether the log-sum-exp is wanted.
+    """
+
+    num_tokens: int
+    num_rows: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    max_pages_per_seq: int
+    num_layers: int | None
+    dtype: str
+    max_q_len: int
+    causal: bool
+    window: bool
+    soft_cap: bool
+    sinks: bool
+    return_lse: bool
+
+
+def check(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    *,
+    block_tables: Any,
+    kv_lens: Any,
+    cu_q_lens: Any,
+    layer: Any = None,
+    max_q_len: int | None = None,
+    sm_scale: Any = None,
+    causal: bool = True,
+    sliding_window: Any = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+) -> Request:
+    """Validates the arguments of `paged_attention` and returns what is static about them.
+
+    Args:
+        q: as in `paged_attention`, like all the others.
+        k_pages: same.
+        v_pages: same.
+        block_tables: same.
+        kv_lens: same.
+        cu_q_lens: same.
+        layer: same.
+        max_q_len: same.
+        sm_scale: same.
+        causal: same.
+        sliding_window: same.
+        soft_cap: same.
+        sinks: same.
+        return_lse: same.
+
+    Returns:
+        The request.
+
+    Raises:
+        ValueError: a shape or a value does not fit.
+        TypeError: a dtype or a type does not fit.
+    """
+    num_tokens, num_q_heads, head_dim = _check_q(q)
+    num_layers, num_pages, num_kv_heads, page_size = _check_pages(q, k_pages, v_pages, layer)
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_q_heads=} must be a multiple of {num_kv_heads=} (each KV head serves a whole "
+            "number of query heads)"
+        )
+    num_rows, max_pages = _check_tables(block_tables, kv_lens, cu_q_lens)
+    bound = _check_max_q_len(max_q_len, num_tokens)
+    _check_numbers(layer, num_layers, sm_scale, soft_cap)
+    _check_window(sliding_window, causal)
+    if sinks is not None:
+        _array("sinks", sinks)
+        if sinks.shape != (num_q_heads,):
+            raise ValueError(f"{sinks.shape=} must be ({num_q_heads},): one logit per query head")
+        if not jnp.issubdtype(sinks.dtype, jnp.floating):
+            raise TypeError(f"{sinks.dtype=} must be a float dtype")
+    return Request(
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_pages_per_seq=max_pages,
+        num_layers=num_layers,
+        dtype=str(np.dtype(q.dtype)),
+        max_q_len=bound,
+        causal=causal,
+        window=sliding_window is not None,
+        soft_cap=soft_cap is not None,
+        sinks=sinks is not None,
+        return_lse=return_lse,
+    )
+
+
+def check_decode(q: Any, block_tables: Any) -> None:
+    """Validates that there is one query per row.
+
+    Args:
+        q: [R, Hq, D].
+        block_tables: i32[R, M].
+
+    Raises:
+        ValueError: the numbers differ.
+        TypeError: not arrays.
+    """
+    _array("q", q)
+    _array("block_tables", block_tables)
+    if q.ndim != 3 or block_tables.ndim != 2 or q.shape[0] != block_tables.shape[0]:
+        raise ValueError(
+            f"{q.shape=} must be [rows, num_q_heads, head_dim] with one query for each row of "
+            f"{block_tables.shape=}; for other numbers of new tokens use paged_attention"
+        )
+
+
+def _array(name: str, x: Any) -> None:
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise TypeError(f"{name} must be an array, not {type(x).__name__}: wrap it in jnp.asarray")
+
+
+def _check_q(q: Any) -> tuple[int, int, int]:
+    _array("q", q)
+    if len(q.shape) != 3 or 0 in q.shape:
+        raise ValueError(f"{q.shape=} must be [tokens, num_q_heads, head_dim], none of them 0")
+    if str(np.dtype(q.dtype)) not in _DTYPES:
+        raise TypeError(f"{q.dtype=} must be one of {', '.join(_DTYPES)}")
+    return q.shape
+
+
+def _check_pages(
+    q: Any, k_pages: Any, v_pages: Any, layer: Any
+) -> tuple[int | None, int, int, int]:
+    """Returns num_layers (None for pages of one layer), num_pages, num_kv_heads, page_size."""
+    _array("k_pages", k_pages)
+    _array("v_pages", v_pages)
+    shape = tuple(k_pages.shape)
+    if len(shape) not in (4, 5) or 0 in shape:
+        raise ValueError(
+            f"{k_pages.shape=} must be [num_pages, num_kv_heads, page_size, head_dim], or with "
+            "layer= [num_layers, num_pages, num_kv_heads, page_size, head_dim], none of them 0"
+        )
+    if tuple(v_pages.shape) != shape:
+        raise ValueError(f"{v_pages.shape=} must equal {k_pages.shape=}")
+    if len(shape) == 4 and layer is not None:
+        raise ValueError(
+            f"{layer=} was given with pages of one layer, {k_pages.shape=}: drop layer=, or pass "
+            "the pages of all layers, [num_layers, ...]"
+        )
+    if len(shape) == 5 and layer is None:
+        raise ValueError(
+            f"{k_pages.shape=} holds the pages of {shape[0]} layers: say which with layer="
+        )
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if pages.dtype != q.dtype:
+            raise TypeError(
+                f"{name} has dtype {pages.dtype}, q has {q.dtype}: cast q (it is the smaller)"
+            )
+    if shape[-1] != q.shape[-1]:
+        raise ValueError(f"head_dim of {q.shape=} and of {k_pages.shape=} must be equal")
+    num_pages, num_kv_heads, page_size, _ = shape[-4:]
+    return shape[0] if len(shape) == 5 else None, num_pages, num_kv_heads, page_size
+
+
+def _check_tables(block_tables: Any, kv_lens: Any, cu_q_lens: Any) -> tuple[int, int]:
+    for name, x in (
+        ("block_tables", block_tables), ("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)
+    ):  # fmt: skip
+        _array(name, x)
+        if x.dtype != np.int32:
+            raise TypeError(f"{name} has dtype {x.dtype}, must be int32: {name}.astype(jnp.int32)")
+    if len(block_tables.shape) != 2 or 0 in block_tables.shape:
+        raise ValueError(f"{block_tables.shape=} must be [rows, max_pages_per_seq], neither 0")
+    rows = block_tables.shape[0]
+    if tuple(kv_lens.shape) != (rows,):
+        raise ValueError(
+            f"{kv_lens.shape=} must be ({rows},): one length per row of {block_tables.shape=}"
+        )
+    if tuple(cu_q_lens.shape) != (rows + 1,):
+        raise ValueError(
+            f"{cu_q_lens.shape=} must be ({rows + 1},): a running sum of new tokens that starts "
+            f"with 0, over the rows of {block_tables.shape=}"
+        )
+    return block_tables.shape
+
+
+def _check_max_q_len(max_q_len: int | None, num_tokens: int) -> int:
+    if max_q_len is None:
+        return num_tokens
+    if not isinstance(max_q_len, int | np.integer):
+        raise TypeError(
+            f"max_q_len must be a Python int, not {type(max_q_len).__name__}: it is static"
+        )
+    if max_q_len < 1:
+        raise ValueError(f"{max_q_len=} must be at least 1 (None means the number of tokens)")
+    return min(int(max_q_len), num_tokens)
+
+
+def _check_numbers(layer: Any, num_layers: int | None, sm_scale: Any, soft_cap: Any) -> None:
+    if isinstance(layer, bool | float):
+        raise TypeError(f"{layer=} must be an int or an i32[] array")
+    if isinstance(layer, int | np.integer):
+        if num_layers is not None and not 0 <= layer < num_layers:
+            raise ValueError(f"{layer=} must be in [0, {num_layers}), the layers that pages hold")
+    elif layer is not None:
+        _scalar("layer", layer)
+    if isinstance(sm_scale, int | float):
+        if not (math.isfinite(sm_scale) and sm_scale > 0):
+            raise ValueError(f"{sm_scale=} must be positive and finite (None: head_dim ** -0.5)")
+    elif sm_scale is not None and getattr(sm_scale, "shape", None) != ():
+        raise TypeError(f"sm_scale must be a number, not {type(sm_scale).__name__}")
+    if soft_cap is None:
+        return
+    if isinstance(soft_cap, bool) or not isinstance(soft_cap, int | float | np.floating):
+        raise TypeError(
+            f"soft_cap must be a Python float, not {type(soft_cap).__name__}: it is static"
+        )
+    if not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ValueError(f"{soft_cap=} must be positive and finite (None means no cap)")
+
+
+def _check_window(sliding_window: Any, causal: bool) -> None:
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"causal must be a Python bool, not {type(causal).__name__}: it is static")
+    if sliding_window is None:
+        return
+    if not causal:
+        raise ValueError(
+            f"{sliding_window=} needs causal=True: the window ends at the query's own position"
+        )
+    if isinstance(sliding_window, bool | float):
+        raise TypeError(f"{sliding_window=} must be an int or an i32[] array")
+    if isinstance(sliding_window, int | np.integer):
+        if sliding_window <= 0:
+            raise ValueError(f"{sliding_window=} must be at least 1 token (None means no window)")
+    else:
+        _scalar("sliding_window", sliding_window)
+
+
+def _scalar(name: str, x: Any) -> None:
+    _array(name, x)
+    if tuple(x.shape) != () or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an int or an i32[] array, got {x.dtype}{list(x.shape)}")

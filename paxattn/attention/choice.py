@@ -1,0 +1,215 @@
+"""Which implementation serves: the list of them, the target, and the choice with its reasons.
+
+An implementation is a name, a check that raises NotImplementedError with the reason when it cannot
+serve a request on a target, and a function that runs it. By default the native one of the target is
+tried first and the reference last; a target with an accelerator that ends up on the reference is
+told why, once per reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from paxattn.attention import reference
+from paxattn.attention.checks import Request
+
+Names = str | Sequence[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the code is being built for: "cuda" alone does not tell an A100 from an H200.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        device_kind: the maker's name of the device, e.g. "NVIDIA H200".
+    """
+
+    platform: str
+    device_kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What `paged_attention` would run, and why.
+
+    Attributes:
+        implementation: the chosen one's name; None if none of those asked for can serve.
+        target: what the code would be built for.
+        reasons: (name, reason) for every implementation considered, in the order tried.
+    """
+
+    implementation: str | None
+    target: Target
+    reasons: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.implementation or 'nothing'} on {self.target.device_kind}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to run the op.
+
+    Attributes:
+        name: what `implementation=` calls it.
+        check: given a request (None: any) and a target, says why it can serve, or raises
+            NotImplementedError saying why not.
+        run: runs it; arguments as `paged_attention_reference` has them.
+    """
+
+    name: str
+    check: Callable[[Request | None, Target], str]
+    run: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def _check_reference(request: Request | None, target: Target) -> str:
+    del request, target
+    return "plain jax.numpy, serves everything on any platform"
+
+
+def _missing(kernel: str) -> Callable[..., Any]:
+    def decline(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"this version of paxattn has no {kernel} kernel")
+
+    return decline
+
+
+_IMPLEMENTATIONS = {
+    i.name: i
+    for i in (
+        Implementation(name="mosaic_gpu", check=_missing("Mosaic GPU"), run=_missing("Mosaic GPU")),
+        Implementation(name="mosaic_tpu", check=_missing("Mosaic TPU"), run=_missing("Mosaic TPU")),
+        Implementation(
+            name="reference",
+            check=_check_reference,
+            run=reference.paged_attention_reference,
+        ),
+    )
+}
+_NATIVE = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+_warned: set[str] = set()
+
+
+def implementations() -> list[tuple[str, bool, str]]:
+    """Lists what this machine has, for `paxattn doctor`.
+
+    Returns:
+        (name, whether it can run on the default device, the reason).
+    """
+    target, out = target_of(None), []
+    for name, implementation in _IMPLEMENTATIONS.items():
+        try:
+            out.append((name, True, implementation.check(None, target)))
+        except NotImplementedError as error:
+            out.append((name, False, str(error)))
+    return out
+
+
+def target_of(q: Any) -> Target:
+    """Finds where the op will run: q's own device, else the mesh's, else the default.
+
+    Args:
+        q: an array, a tracer, a `jax.ShapeDtypeStruct`, or None. The mesh may be abstract.
+
+    Returns:
+        The target.
+    """
+    if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer):
+        return _describe(next(iter(q.devices())))
+    sharding = getattr(q, "sharding", None)
+    for mesh in (getattr(sharding, "mesh", None), jax.sharding.get_abstract_mesh()):
+        device = getattr(getattr(mesh, "abstract_mesh", mesh), "abstract_device", None)
+        if device is not None:
+            return _describe(device)
+    default = getattr(jax.config, "jax_default_device", None)
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return _describe(jax.devices()[0] if default is None else default)
+
+
+def _describe(device: Any) -> Target:
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return Target(platform=platform, device_kind=device.device_kind)
+
+
+def _in_order(implementation: Names, target: Target) -> tuple[str, ...]:
+    """The names to try, or ValueError."""
+    if implementation is None:
+        native = _NATIVE.get(target.platform)
+        return ("reference",) if native is None else (native, "reference")
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    known = ", ".join(sorted(_IMPLEMENTATIONS))
+    if not names:
+        raise ValueError(f"{implementation=} names nothing: choose from {known}, or pass None")
+    for name in names:
+        if name not in _IMPLEMENTATIONS:
+            raise ValueError(f"unknown implementation {name!r}: choose from {known}, or pass None")
+    return names
+
+
+def consider(request: Request, target: Target, implementation: Names) -> Explanation:
+    """Asks implementations in turn until one can serve.
+
+    Args:
+        request: what is asked.
+        target: what for.
+        implementation: as in `paged_attention`.
+
+    Returns:
+        The choice and every reason.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    reasons: list[tuple[str, str]] = []
+    for name in _in_order(implementation, target):
+        try:
+            reasons.append((name, _IMPLEMENTATIONS[name].check(request, target)))
+        except NotImplementedError as error:
+            reasons.append((name, str(error)))
+        else:
+            return Explanation(implementation=name, target=target, reasons=tuple(reasons))
+    return Explanation(implementation=None, target=target, reasons=tuple(reasons))
+
+
+def choose(
+    request: Request, q: Any, implementation: Names
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Finds the implementation that serves, and warns (once per reason) of a slow fallback.
+
+    Args:
+        request: what is asked.
+        q: tells the target.
+        implementation: as in `paged_attention`.
+
+    Returns:
+        The function to run.
+
+    Raises:
+        NotImplementedError: nothing that was asked for can serve.
+        ValueError: an unknown name.
+    """
+    made = consider(request, target_of(q), implementation)
+    if made.implementation is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in made.reasons)
+        raise NotImplementedError(
+            f"{implementation=} cannot serve this on {made.target.device_kind}: {reasons}"
+        )
+    if implementation is None and len(made.reasons) > 1:
+        name, reason = made.reasons[0]
+        message = (
+            f"paged_attention falls back to the slower reference on {made.target.device_kind}: "
+            f"{name}: {reason} (implementation='reference' asks for it without this warning)"
+        )
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, stacklevel=3)
+    return _IMPLEMENTATIONS[made.implementation].run

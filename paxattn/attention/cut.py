@@ -1,0 +1,197 @@
+"""How a ragged batch is cut into query tiles, and how tiles find their tokens and give them back.
+
+Letters: T tokens in the batch, R rows, M `max_pages_per_seq`, B tiles, C queries per tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from paxattn.attention.tiles import Masking, Tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Block sizes of the reference, in tokens.
+
+    Attributes:
+        short_q: batches whose `max_q_len` is at most this are served as one tile per row.
+        short_block_kv: tokens per row read in one loop step when every row is a tile; rounded down
+            to whole pages (at least one), like `block_kv`.
+        block_q: queries per tile of a long row.
+        block_kv: tokens read in one loop step for such a tile.
+    """
+
+    short_q: int = 8
+    short_block_kv: int = 128
+    block_q: int = 128
+    block_kv: int = 128
+
+
+def default_config(*, num_rows: int, num_kv_heads: int, head_dim: int) -> Config:
+    """Chooses block sizes: a block of all rows' keys should stay in a core's cache (1 MiB).
+
+    Smaller blocks pay XLA's few microseconds per operation too often, larger ones go to memory
+    and back.
+
+    Args:
+        num_rows: R.
+        num_kv_heads: Hkv.
+        head_dim: D.
+
+    Returns:
+        The config.
+    """
+    tokens = 2**20 // (4 * num_rows * num_kv_heads * head_dim)
+    return Config(short_block_kv=min(max(tokens, 64), 512))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a call is about, apart from the arrays that have gradients.
+
+    Attributes:
+        block_tables: i32[R, M].
+        kv_lens: i32[R].
+        cu_q_lens: i32[R + 1].
+        layer: i32[].
+        window: i32[], no window if it is not positive.
+        max_q_len: static bound of the rows' query counts.
+        masking: static.
+        config: static.
+    """
+
+    block_tables: jax.Array
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    layer: jax.Array
+    window: jax.Array
+    max_q_len: int = field(metadata=dict(static=True))
+    masking: Masking = field(metadata=dict(static=True))
+    config: Config = field(metadata=dict(static=True))
+
+    @property
+    def q_lens(self) -> jax.Array:
+        """i32[R], new tokens per row."""
+        return self.cu_q_lens[1:] - self.cu_q_lens[:-1]
+
+
+def where_live(live: jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
+    """Selects by place of a tile: `x[B, C, ...]` where `live[B, C]`."""
+    return jnp.where(live.reshape(*live.shape, *(1,) * (x.ndim - 2)), x, otherwise)
+
+
+# One tile per row.
+
+
+def row_tiles(batch: Batch, chosen: jax.Array, block_q: int) -> tuple[Tiles, jax.Array]:
+    """Makes a tile of every row (chosen rows have queries).
+
+    Args:
+        batch: the batch.
+        chosen: bool[R]; the tiles of other rows have nothing live.
+        block_q: C, at least every chosen row's query count.
+
+    Returns:
+        The tiles (B = R), and the numbers of their tokens, i32[R, C] (for what is not live: any).
+    """
+    place = jnp.arange(block_q)
+    history = batch.kv_lens - batch.q_lens
+    tiles = Tiles(
+        positions=history[:, None] + place,
+        live=(place < batch.q_lens[:, None]) & chosen[:, None],
+        first=history,
+        last=jnp.where(chosen, batch.kv_lens - 1, -1),
+        block_tables=batch.block_tables,
+        kv_lens=batch.kv_lens,
+    )
+    return tiles, batch.cu_q_lens[:-1, None] + place
+
+
+def take_rows(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`x[tokens]`, where only the live token numbers need be in range."""
+    return x.at[tokens].get(mode="clip")
+
+
+def put_rows(into: jax.Array, tiled: jax.Array, batch: Batch, chosen: jax.Array) -> jax.Array:
+    """Copies `tiled[R, C, ...]` to the tokens of the chosen rows in `into[T, ...]`.
+
+    It is a gather by token: a CPU runs scatters one index at a time.
+    """
+    token = jnp.arange(into.shape[0])
+    row = jnp.searchsorted(batch.cu_q_lens[1:], token, side="right", method="compare_all")
+    inside = row < batch.kv_lens.shape[0]
+    row = jnp.where(inside, row, 0)
+    place = jnp.clip(token - batch.cu_q_lens[row], 0, tiled.shape[1] - 1)
+    use = (inside & chosen[row]).reshape(-1, *(1,) * (into.ndim - 1))
+    return jnp.where(use, tiled[row, place], into)
+
+
+# Many tiles per row.
+
+
+def count_tiles(batch: Batch, num_tokens: int) -> tuple[int, jax.Array]:
+    """Cuts the rows with two or more queries into tiles.
+
+    Args:
+        batch: the batch.
+        num_tokens: T.
+
+    Returns:
+        C, and the running count of tiles over rows, i32[R].
+    """
+    block_q = min(batch.config.block_q, batch.max_q_len, num_tokens)
+    count = jnp.where(batch.q_lens > 1, (batch.q_lens + block_q - 1) // block_q, 0)
+    return block_q, jnp.cumsum(count)
+
+
+def nth_tile(
+    batch: Batch, i: jax.Array, block_q: int, ends: jax.Array, num_tokens: int
+) -> tuple[Tiles, jax.Array]:
+    """Finds tile `i` of the batch's long rows.
+
+    A tile's window of C tokens starts early where it would run past the array's end; the places
+    that are not the tile's own are not live.
+
+    Args:
+        batch: the batch.
+        i: i32[], below `ends[-1]`.
+        block_q: from `count_tiles`.
+        ends: same.
+        num_tokens: T.
+
+    Returns:
+        The tile (B = 1), and the number of the token in its first place, i32[].
+    """
+    row = jnp.sum(ends <= i)
+    done = jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0)
+    first = batch.cu_q_lens[row] + (i - done) * block_q
+    end = jnp.minimum(first + block_q, batch.cu_q_lens[row + 1])
+    start = jnp.minimum(first, num_tokens - block_q)
+    token = start + jnp.arange(block_q)
+    before = batch.kv_lens[row] - batch.cu_q_lens[row + 1]  # position less token number
+    tile = Tiles(
+        positions=(before + token)[None],
+        live=((token >= first) & (token < end))[None],
+        first=(before + first)[None],
+        last=(before + end - 1)[None],
+        block_tables=lax.dynamic_index_in_dim(batch.block_tables, row),
+        kv_lens=lax.dynamic_index_in_dim(batch.kv_lens, row),
+    )
+    return tile, start
+
+
+def take_window(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """`x[start : start + size]`, with an axis for the batch of one tile."""
+    return lax.dynamic_slice_in_dim(x, start, size)[None]
+
+
+def put_window(into: jax.Array, tile: jax.Array, live: jax.Array, start: jax.Array) -> jax.Array:
+    """Overwrites the live places of a window of `into` with those of `tile[1, C, ...]`."""
+    new = where_live(live, tile, take_window(into, start, live.shape[1]))
+    return lax.dynamic_update_slice_in_dim(into, new[0], start, 0)

@@ -1,0 +1,337 @@
+"""Streaming attention for a batch of query tiles: one pass over pages, forward and backward.
+
+A *tile* is up to `block_q` query tokens of one sequence. A batch of tiles walks its sequences'
+pages together, `block_kv` tokens at a time, with an online softmax (Milakov and Gimelshein, 2018;
+Dao et al., FlashAttention, 2022) inside a loop whose trip count is data: it starts at the first
+page a sliding window can see and ends with the longest live tile, so the work follows what is
+stored and not what a block table could hold. The backward pass recomputes the probabilities from
+the log-sum-exp, block by block.
+
+Whatever lies in a slot that a tile may not see (page tails, other sequences' pages, pages never
+written) is replaced by zero or masked by selection before it meets arithmetic, NaN included.
+
+Shapes: B tiles, C = `block_q` queries per tile, K KV heads, G query heads per KV head, D head_dim,
+S = `block_kv` tokens per block; R rows, M `max_pages_per_seq`, L layers, N pages, P `page_size`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_HIGHEST = lax.Precision.HIGHEST
+_FEW_QUERIES = 4
+
+
+def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """Lets `x` vary over the mesh axes that any of the others does.
+
+    Inside `shard_map`, a loop's initial values must be typed like what its body makes of them.
+    Elsewhere it does nothing.
+    """
+    axes = {a for other in others for a in jax.typeof(other).manual_axis_type.varying}
+    axes -= jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Which queries a batch of tiles holds, and what they may look at.
+
+    Attributes:
+        positions: i32[B, C], place of each query in its sequence.
+        live: bool[B, C], False for the unused places of a tile.
+        first: i32[B], lowest position of a live query.
+        last: i32[B], highest position of a live query, -1 in a tile without any.
+        block_tables: i32[B, M], the pages of each tile's sequence.
+        kv_lens: i32[B], tokens stored for each tile's sequence.
+    """
+
+    positions: jax.Array
+    live: jax.Array
+    first: jax.Array
+    last: jax.Array
+    block_tables: jax.Array
+    kv_lens: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """What is static about who sees whom: `causal`, and the `soft_cap` on scores (or None)."""
+
+    causal: bool
+    soft_cap: float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """The walk over a batch's pages: where each tile starts, and how many blocks all need."""
+
+    first_page: jax.Array  # i32[B], logical
+    count: jax.Array  # i32[]
+
+
+def _plan(tiles: Tiles, page_size: int, pages: int, window: jax.Array, causal: bool) -> _Blocks:
+    """Finds the blocks of `pages` pages that some live query can see.
+
+    Every tile counts its blocks from its own first page. Its sums are therefore taken in an order
+    that depends on nothing but itself, whatever else is in the batch.
+    """
+    end = jnp.minimum(tiles.kv_lens, tiles.last + 1) if causal else tiles.kv_lens
+    start = jnp.where(window > 0, jnp.maximum(tiles.first - window + 1, 0), 0)
+    first_page = start // page_size
+    tokens = jnp.where(tiles.last >= 0, end - first_page * page_size, 0)
+    return _Blocks(first_page=first_page, count=jnp.max(_ceil_div(tokens, pages * page_size)))
+
+
+def _ceil_div(a: jax.Array, b: int) -> jax.Array:
+    """`ceil(a / b)`, and 0 for a negative `a`."""
+    return jnp.maximum(a + b - 1, 0) // b
+
+
+def _page_ids(tiles: Tiles, blocks: _Blocks, j: jax.Array, pages: int) -> jax.Array:
+    """i32[B, pages], the physical pages of block `j`; entries past the table are the last."""
+    logical = blocks.first_page[:, None] + j * pages + jnp.arange(pages)
+    last = tiles.block_tables.shape[1] - 1
+    return jnp.take_along_axis(
+        tiles.block_tables, jnp.minimum(logical, last), axis=1, mode="promise_in_bounds"
+    )
+
+
+def _visible(
+    tiles: Tiles,
+    blocks: _Blocks,
+    j: jax.Array,
+    ids: jax.Array,
+    *,
+    num_pages: int,
+    page_size: int,
+    window: jax.Array,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """How many tokens each page of block `j` holds (i32[B, pages]), who sees them (bool[B, C, S]).
+
+    The sentinel (and any other number that is no page) hides its tokens: reading some other
+    sequence's page in its stead would be a leak.
+    """
+    first = (blocks.first_page[:, None] + j * ids.shape[1] + jnp.arange(ids.shape[1])) * page_size
+    is_page = (ids >= 0) & (ids < num_pages)
+    held = jnp.where(is_page, jnp.clip(tiles.kv_lens[:, None] - first, 0, page_size), 0)
+    offset = jnp.arange(page_size)
+    stored = (offset < held[..., None]).reshape(ids.shape[0], 1, -1)
+    position = (first[..., None] + offset).reshape(ids.shape[0], 1, -1)
+    distance = tiles.positions[:, :, None] - position
+    seen = stored & tiles.live[:, :, None] & ((distance < window) | (window <= 0))
+    return held, seen & (distance >= 0) if causal else seen
+
+
+def _load(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) -> jax.Array:
+    """Reads a block of pages, f32[B, K, S, D], with zeros where nothing is stored.
+
+    The gather takes `[layer, page]` pairs straight from the stacked pool (no slice of a layer
+    exists at any time) and puts the head axis before the pages, so that nothing is transposed.
+    A page's tile is one flat run of numbers here: XLA then copies, clears and converts it in one
+    vectorised loop, and does not read what is cleared.
+    """
+    num_layers, num_pages, num_heads, page_size, head_dim = pool.shape
+    batch, pages = ids.shape
+    tile = page_size * head_dim
+    dims = lax.GatherDimensionNumbers(
+        offset_dims=(1, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1)
+    )
+    block = lax.gather(
+        pool.reshape(num_layers, num_pages, num_heads, tile),
+        jnp.stack([jnp.broadcast_to(layer, ids.shape), jnp.clip(ids, 0, num_pages - 1)], axis=-1),
+        dims,
+        (1, 1, num_heads, tile),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+    kept = jnp.arange(tile) < (held * head_dim)[:, None, :, None]
+    block = jnp.where(kept, block, 0).astype(jnp.float32)
+    return block.reshape(batch, num_heads, pages * page_size, head_dim)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """Matrix product per (tile, KV head), in f32."""
+    return lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), precision=_HIGHEST
+    )
+
+
+def _q_dot_k(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`q @ k.T` per (tile, KV head).
+
+    For few queries a matrix-vector product each: on a CPU, a product of matrices first repacks
+    all of `k`, which only many queries repay.
+    """
+    if q.shape[2] > _FEW_QUERIES:
+        return _dot(q, k, 3, 3)
+    rows = [_dot(q[:, :, i : i + 1], k, 3, 3) for i in range(q.shape[2])]
+    return jnp.concatenate(rows, axis=2)
+
+
+def _scores(
+    q: jax.Array, k: jax.Array, seen: jax.Array, soft_cap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Masked scores f32[B, K, C * G, S], and the derivative of the soft cap (1 without one)."""
+    s = _q_dot_k(q, k)
+    slope = jnp.float32(1.0)
+    if soft_cap is not None:
+        t = jnp.tanh(s / soft_cap)
+        s, slope = soft_cap * t, 1.0 - t * t
+    group = s.shape[2] // seen.shape[1]
+    mask = jnp.repeat(seen, group, axis=1)[:, None]
+    return jnp.where(mask, s, -jnp.inf), slope
+
+
+def _by_kv_head(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    """`[B, C, K * G, ...] -> [B, K, C * G, ...]`: the queries that share a KV head, together."""
+    b, c, h = x.shape[:3]
+    x = x.reshape(b, c, num_kv_heads, h // num_kv_heads, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 1).reshape(b, num_kv_heads, -1, *x.shape[4:])
+
+
+def _by_token(x: jax.Array, block_q: int) -> jax.Array:
+    """The way back: `[B, K, C * G, ...] -> [B, C, K * G, ...]`."""
+    b, k, cg = x.shape[:3]
+    x = x.reshape(b, k, block_q, cg // block_q, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 2).reshape(b, block_q, -1, *x.shape[4:])
+
+
+def attend_tiles(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tiles: Tiles,
+    *,
+    layer: jax.Array,
+    window: jax.Array,
+    masking: Masking,
+    pages: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends from a batch of query tiles to the pages of their sequences.
+
+    Args:
+        q: f32[B, C, K * G, D], scaled.
+        k_pages: [L, N, K, P, D], any float dtype.
+        v_pages: same.
+        tiles: whose queries they are.
+        layer: i32[].
+        window: i32[], sliding window in tokens; no window if it is not positive.
+        masking: the static part of the mask.
+        pages: pages per block.
+
+    Returns:
+        `o` f32[B, C, K * G, D] and `lse` f32[B, C, K * G]: partial results that merge with others
+        of the same queries by log-sum-exp. 0 and -inf where nothing is visible.
+    """
+    _, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    block_q = q.shape[1]
+    q = _by_kv_head(q, num_kv_heads)
+    blocks = _plan(tiles, page_size, pages, window, masking.causal)
+
+    def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        m, total, acc = carry
+        ids = _page_ids(tiles, blocks, j, pages)
+        held, seen = _visible(
+            tiles, blocks, j, ids,
+            num_pages=num_pages, page_size=page_size, window=window, causal=masking.causal,
+        )  # fmt: skip
+        k = _load(k_pages, layer, ids, held)
+        v = _load(v_pages, layer, ids, held)
+        s, _ = _scores(q, k, seen, masking.soft_cap)
+        m_new = jnp.maximum(m, s.max(axis=-1))
+        shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # nothing seen yet: exp(-inf), not NaN
+        p = jnp.exp(s - shift[..., None])
+        alpha = jnp.exp(m - shift)
+        acc = acc * alpha[..., None] + _dot(p, v, 3, 2)
+        return m_new, total * alpha + p.sum(axis=-1), acc
+
+    rows = q.shape[:3]
+    init = (
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, head_dim), jnp.float32),
+    )
+    init = jax.tree.map(lambda x: varying_like(x, q), init)
+    m, total, acc = lax.fori_loop(0, blocks.count, step, init)
+    nothing = total == 0.0
+    total = jnp.where(nothing, 1.0, total)
+    lse = jnp.where(nothing, -jnp.inf, m + jnp.log(total))
+    o = acc / total[..., None]
+    return _by_token(o, block_q), _by_token(lse, block_q)
+
+
+def attend_tiles_backward(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tiles: Tiles,
+    lse: jax.Array,
+    do: jax.Array,
+    delta: jax.Array,
+    dk_pages: jax.Array,
+    dv_pages: jax.Array,
+    *,
+    layer: jax.Array,
+    window: jax.Array,
+    masking: Masking,
+    pages: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient of `attend_tiles`, over the same blocks.
+
+    Args:
+        q: f32[B, C, K * G, D], scaled; 0 in places that are not live.
+        k_pages: as in `attend_tiles`.
+        v_pages: same.
+        tiles: same.
+        lse: f32[B, C, K * G], what the forward pass returned.
+        do: f32[B, C, K * G, D], cotangent of `o`; 0 in places that are not live.
+        delta: f32[B, C, K * G], `sum(o * do) - dlse`, with `dlse` the cotangent of `lse`.
+        dk_pages: f32[L, N, K, P, D], added to.
+        dv_pages: same.
+        layer: as in `attend_tiles`.
+        window: same.
+        masking: same.
+        pages: same.
+
+    Returns:
+        dq f32[B, C, K * G, D], dk_pages, dv_pages.
+    """
+    _, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    block_q = q.shape[1]
+    q, do, lse, delta = (_by_kv_head(x, num_kv_heads) for x in (q, do, lse, delta))
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    blocks = _plan(tiles, page_size, pages, window, masking.causal)
+
+    def add(acc: jax.Array, ids: jax.Array, block: jax.Array) -> jax.Array:
+        # Pages may be shared by rows, and a page id may be the sentinel: add, and drop.
+        block = block.reshape(*block.shape[:2], pages, page_size, head_dim)
+        ids = jnp.where(ids >= 0, ids, num_pages)
+        return acc.at[layer, ids].add(jnp.moveaxis(block, 1, 2), mode="drop")
+
+    def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        dq, dk_pages, dv_pages = carry
+        ids = _page_ids(tiles, blocks, j, pages)
+        held, seen = _visible(
+            tiles, blocks, j, ids,
+            num_pages=num_pages, page_size=page_size, window=window, causal=masking.causal,
+        )  # fmt: skip
+        k = _load(k_pages, layer, ids, held)
+        v = _load(v_pages, layer, ids, held)
+        s, slope = _scores(q, k, seen, masking.soft_cap)
+        p = jnp.exp(s - lse[..., None])
+        ds = p * (_dot(do, v, 3, 3) - delta[..., None]) * slope
+        dk_pages = add(dk_pages, ids, _dot(ds, q, 2, 2))
+        dv_pages = add(dv_pages, ids, _dot(p, do, 2, 2))
+        return dq + _dot(ds, k, 3, 2), dk_pages, dv_pages
+
+    dq, dk_pages, dv_pages = lax.fori_loop(
+        0, blocks.count, step, (jnp.zeros_like(q), dk_pages, dv_pages)
+    )
+    return _by_token(dq, block_q), dk_pages, dv_pages

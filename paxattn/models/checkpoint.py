@@ -1,0 +1,295 @@
+"""Loading a decoder from a Hugging Face checkpoint: a directory, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from tokenizers import Tokenizer
+
+from paxattn.models.config import CheckpointError, DecoderConfig, read_config, read_json
+from paxattn.models.decoder import Decoder, kernel_shapes, model_shapes, vector_shapes
+from paxattn.models.tensors import TensorFiles
+
+Progress = Callable[[int, int], None]
+"""``progress(bytes_read, bytes_total)``."""
+
+# The decoder's names: those in the file, joined along the second axis where there are several.
+_ONCE = {
+    "embed": ("model.embed_tokens.weight",),
+    "norm": ("model.norm.weight",),
+    "head": ("lm_head.weight",),
+}
+_IN_LAYER = {
+    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "o": ("self_attn.o_proj.weight",),
+    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down": ("mlp.down_proj.weight",),
+    "attention_norm": ("input_layernorm.weight",),
+    "mlp_norm": ("post_attention_layernorm.weight",),
+    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "q_norm": ("self_attn.q_norm.weight",),
+    "k_norm": ("self_attn.k_norm.weight",),
+}
+# Stored by older versions of transformers, computed here.
+_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors*"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What the checkpoint's makers recommend for generating.
+
+    Attributes:
+        eos_ids: tokens that end a text; empty if none is known.
+        bos_id: token that begins one. (The tokenizer adds it; this is for those without.)
+        pad_id: padding token.
+        do_sample: sample rather than take the most likely token.
+        temperature: None where the checkpoint says nothing, here and below.
+        top_k: keep the most likely tokens only.
+        top_p: keep the smallest set with this probability.
+        min_p: keep tokens this likely, relative to the likeliest.
+        repetition_penalty: divisor of repeated tokens' logits.
+    """
+
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: the decoder with its weights.
+        config: its shape, also ``model.config``.
+        tokenizer: None if the directory has no tokenizer.json.
+        generation_config: the makers' recommendations.
+    """
+
+    model: Decoder
+    config: DecoderConfig
+    tokenizer: Tokenizer | None
+    generation_config: GenerationConfig
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: ``generation_config.eos_ids``."""
+        return self.generation_config.eos_ids
+
+
+def bundled() -> Path:
+    """Directory of the small checkpoint that comes with the package."""
+    return Path(__file__).parent.parent / "checkpoints" / "tiny_python"
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    stacked: bool | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Load a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+
+    Arrays are read and converted one at a time; there is never a second copy of the model.
+
+    Args:
+        path: a directory with config.json, model.safetensors (or an index and shards) and, if it
+            has them, tokenizer.json and generation_config.json; or a hub id such as
+            ``"Qwen/Qwen3-0.6B"``, fetched by ``huggingface_hub`` if that is installed.
+        dtype: of the weights: f32, bf16 or f16. By default what config.json says, or else what the
+            embedding is stored in.
+        stacked: how the layers' matrices are stored; see `Decoder`.
+        progress: called as arrays are read, as ``progress(bytes_read, bytes_total)``.
+
+    Raises:
+        CheckpointError: something is missing, damaged, mis-shaped or not supported; one line that
+            names it and says what to do.
+    """
+    directory = _directory(path)
+    config = read_config(directory)
+    tokenizer = _read_tokenizer(directory)
+    generation_config = _read_generation_config(directory)
+    with TensorFiles(directory) as files:
+        model = _read_model(files, config, dtype, stacked, progress)
+    return Checkpoint(
+        model=model, config=config, tokenizer=tokenizer, generation_config=generation_config
+    )
+
+
+def _tensor_shapes(
+    name: str, layer: int | None, shape: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that make up one of the decoder's arrays, with their shapes in the file."""
+    names: tuple[str, ...] = _ONCE.get(name, ())
+    if layer is not None:
+        names = tuple(f"model.layers.{layer}.{suffix}" for suffix in _IN_LAYER[name])
+    if name.startswith("qkv"):
+        kv_heads, group_and_two, head_dim, *rest = shape
+        rows = [kv_heads * count * head_dim for count in (group_and_two - 2, 1, 1)]
+        return {one: (size, *rest) for one, size in zip(names, rows, strict=True)}
+    return dict.fromkeys(names, shape[-2:])
+
+
+def _join(name: str, parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """The decoder's array from the file's."""
+    if name.startswith("qkv"):  # by KV head: its queries, its key, its value
+        kv_heads, _, *rest = shape
+        return np.concatenate([part.reshape(kv_heads, -1, *rest) for part in parts], axis=1)
+    return np.stack(parts) if len(parts) > 1 else parts[0]
+
+
+def _read_model(
+    files: TensorFiles,
+    config: DecoderConfig,
+    dtype: DTypeLike | None,
+    stacked: bool | None,
+    progress: Progress | None,
+) -> Decoder:
+    """Check the inventory, then build the decoder array by array."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in model_shapes(config).items():
+        shapes |= _tensor_shapes(name, None, shape)
+    in_layer = kernel_shapes(config) | vector_shapes(config)
+    for layer in range(config.num_layers):
+        for name, shape in in_layer.items():
+            shapes |= _tensor_shapes(name, layer, shape)
+    (embed,), (head,) = _ONCE["embed"], _ONCE["head"]
+    ignored = [name for name in files.shapes if _IGNORED.search(name)]
+    if config.tie_embeddings and head in files.shapes:
+        _check_tied(files, head, embed)
+        ignored.append(head)
+    files.forget(ignored)
+    files.check(shapes)
+    target = _weight_dtype(dtype, config.dtype or files.dtype(embed))
+    total, done = sum(map(files.size, shapes)), 0
+
+    def weights(name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+        nonlocal done
+        parts = []
+        for tensor_name in _tensor_shapes(name, layer, shape):
+            parts.append(_convert(files.read(tensor_name), target, tensor_name))
+            done += files.size(tensor_name)
+        if progress is not None:
+            progress(done, total)
+        return _join(name, parts, shape)
+
+    return Decoder(config, dtype=target, stacked=stacked, weights=weights)
+
+
+def _weight_dtype(wanted: DTypeLike | None, stored: str) -> np.dtype:
+    """What was asked for, or else what it is stored in."""
+    if wanted is None:
+        return np.dtype("float32" if stored == "float64" else stored)
+    try:
+        return np.dtype(wanted)
+    except TypeError:
+        raise ValueError(f"dtype={wanted!r} must be float32, bfloat16 or float16") from None
+
+
+def _convert(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """To the wanted dtype, on the host: no compilation, no second copy on the device."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(dtype, copy=False)
+    # Only float16 is narrower in range than what it may be converted from.
+    narrows = dtype == np.float16 and array.dtype != np.float16
+    if narrows and np.isinf(converted).any() and not np.isinf(array).any():
+        raise CheckpointError(
+            f"tensor {name} has values beyond float16's range; load it in bfloat16 or float32"
+        )
+    return converted
+
+
+def _check_tied(files: TensorFiles, head: str, embed: str) -> None:
+    """A tied model's head, where one is stored too, must be the embedding."""
+    if embed in files.shapes and not np.array_equal(files.read(head), files.read(embed)):
+        raise CheckpointError(
+            f"{files.directory}: config.json says tie_word_embeddings, but {head} differs from "
+            f"{embed}; set tie_word_embeddings to false there to use both"
+        )
+
+
+def _directory(path: str | PathLike[str]) -> Path:
+    """The checkpoint's directory; a hub id is fetched."""
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{path}: is a file; pass the directory that holds config.json")
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        raise CheckpointError(f"{path}: no such directory")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: no such directory; to fetch it from the Hugging Face hub install "
+            "huggingface_hub (pip install 'paxattn[hub]'), or pass a local directory"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub, its HTTP library and the network each have their own
+        lines = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            f"{path}: no such directory, and it could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {lines[0]}); pass a local directory"
+        ) from None
+
+
+def _read_tokenizer(directory: Path) -> Tokenizer | None:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise CheckpointError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
+
+
+def _read_generation_config(directory: Path) -> GenerationConfig:
+    """From generation_config.json; token ids that it lacks from config.json."""
+    path = directory / "generation_config.json"
+    fields = read_json(path) if path.is_file() else {}
+    base = read_json(directory / "config.json")
+
+    def look_up(key: str) -> tuple[Any, Path]:
+        return (fields[key], path) if key in fields else (base.get(key), directory / "config.json")
+
+    def token_ids(key: str) -> tuple[int, ...]:
+        value, source = look_up(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in ids):
+            raise CheckpointError(f"{source}: {key}={value!r} must be token ids")
+        return tuple(ids)
+
+    def number(key: str, kinds: type | tuple[type, ...]) -> Any:
+        value = fields.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise CheckpointError(f"{path}: {key}={value!r} must be a number")
+        return value
+
+    return GenerationConfig(
+        eos_ids=token_ids("eos_token_id"),
+        bos_id=next(iter(token_ids("bos_token_id")), None),
+        pad_id=next(iter(token_ids("pad_token_id")), None),
+        do_sample=fields.get("do_sample") is True,
+        temperature=number("temperature", (int, float)),
+        top_k=number("top_k", int),
+        top_p=number("top_p", (int, float)),
+        min_p=number("min_p", (int, float)),
+        repetition_penalty=number("repetition_penalty", (int, float)),
+    )

@@ -1,0 +1,229 @@
+"""The steps of a row's own life: room, growth, forgetting, release."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from paxattn.page_table.inputs import as_integers, as_mask, check_positive
+from paxattn.page_table.pages import (
+    after_reads,
+    give_up,
+    leaves,
+    pages_for,
+    read_entries,
+    running_sum,
+    with_leaves,
+)
+from paxattn.page_table.state import INT32_MAX, PageCopies, PageTable
+
+
+def reserve(
+    table: PageTable, new_tokens: ArrayLike, *, max_new_pages: int = 1
+) -> tuple[PageTable, Array, PageCopies]:
+    """Makes room for `new_tokens[r]` tokens beyond `kv_lens[r]`, for all rows at once.
+
+    Pages a row already holds count, so asking twice takes pages once. A row about to write into a
+    page that others hold gets its own copy of it (copy-on-write, as in vLLM,
+    https://arxiv.org/abs/2309.06180, but decided at the write and on the device); every row that
+    copies gives up its hold of the old page, and a page left by all its holders goes back on the
+    stack, above the pages this step took, so that it is not handed out before its copy has run.
+    A sole holder never copies.
+
+    Rows are served in row order: the first that does not fit in the pool fails, and so do later
+    rows that need pages; rows that need none succeed. A row that could never be served takes
+    nothing from the others: negative `new_tokens`, more than `max_pages_per_seq` pages, or more
+    than `max_new_pages` missing ones.
+
+    Only pages that a row can come to write are looked at: the one holding its next token, and the
+    last `max_new_pages` that it needs. Those between are spare pages that it reserved itself, and
+    nobody else should hold (see `retain`); `slot_mapping` leaves them out if somebody does.
+
+    Args:
+      table: the table.
+      new_tokens: i32[R], tokens each row is about to write; 0 leaves a row as it is.
+      max_new_pages: static bound on the pages a row may lack; copies do not count.
+
+    Returns:
+      The table, `ok` bool[R], and the copies to run, of length `R * (max_new_pages + 1)`.
+
+    Raises:
+      ValueError: `new_tokens` is not one integer per row, or `max_new_pages` is below 1.
+    """
+    new = as_integers("new_tokens", new_tokens, (table.max_seqs,))
+    max_new_pages = check_positive("max_new_pages", max_new_pages)
+    num_pages, page_size = table.num_pages, table.page_size
+    span = min(max_new_pages, table.max_pages_per_seq)
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
+
+    # Compared against the room that is left, because kv_lens + new_tokens could overflow.
+    possible = (new >= 0) & (new <= table.max_pages_per_seq * page_size - table.kv_lens)
+    new = jnp.where(possible, new, 0)
+    needed = jnp.where(new > 0, pages_for(table.kv_lens + new, page_size), 0)
+    first = table.kv_lens // page_size
+    # Of the pages past `base` at most `span` are needed. If base is past `first`, then `base`
+    # itself must be held already, and with it all that come before.
+    base = jnp.maximum(first, needed - 1 - span)
+    step = jnp.arange(span + 1, dtype=jnp.int32)
+    cols = jnp.where(step > 0, base[:, None] + step, first[:, None])
+    pages = read_entries(table, rows[:, None], cols)
+    base_page = read_entries(table, rows, base)
+    holders = table.ref_counts.at[pages].get(mode="fill", fill_value=0)
+    possible &= (needed - base <= span) | (base_page < num_pages)
+    # Missing, or shared and about to be written.
+    wanted = (cols < needed[:, None]) & possible[:, None] & ((pages == num_pages) | (holders > 1))
+
+    running = running_sum(wanted.reshape(-1).astype(jnp.int32)).reshape(wanted.shape)
+
+    def take(
+        block_tables: Array, ref_counts: Array, free_pages: Array, num_free: Array
+    ) -> tuple[Array, ...]:
+        fits = running[:, -1] <= num_free
+        taken = wanted & fits[:, None]
+        # Only the top of the stack is read, and XLA can see that: a gather from all of it would be
+        # priced, and split over threads, by the pool's size.
+        window = min(wanted.size, num_pages)
+        bottom = jnp.maximum(num_free - window, 0)
+        top = lax.dynamic_slice(free_pages, (bottom,), (window,))
+        place = jnp.where(taken, num_free - bottom - running, window)
+        popped = top.at[place].get(mode="fill", fill_value=num_pages)
+        copied = taken & (pages < num_pages)
+        width = table.max_pages_per_seq
+        entries = jnp.where(taken, rows[:, None] * width + cols, INT32_MAX).reshape(-1)
+        block_tables = block_tables.reshape(-1).at[entries].set(popped.reshape(-1), mode="drop")
+        ref_counts = ref_counts.at[popped].set(1, mode="drop")
+        num_free -= jnp.max(jnp.where(fits, running[:, -1], 0))
+        return (
+            block_tables.reshape(table.block_tables.shape),
+            *copy_on_write(
+                ref_counts, free_pages, num_free, pages.ravel(), popped.ravel(), copied.ravel()
+            ),
+            fits | ~jnp.any(wanted, axis=1),
+        )
+
+    def nothing(
+        block_tables: Array, ref_counts: Array, free_pages: Array, num_free: Array
+    ) -> tuple[Array, ...]:
+        none = jnp.full_like(pages.ravel(), num_pages)
+        count = jnp.zeros_like(num_free)
+        fits = jnp.ones_like(possible)
+        return block_tables, ref_counts, free_pages, num_free, none, none, count, fits
+
+    state = (table.block_tables, table.ref_counts, table.free_pages, table.num_free)
+    block_tables, ref_counts, free_pages, num_free, source, target, count, fits = lax.cond(
+        running[-1, -1] > 0, take, nothing, *state
+    )
+    table = replace(
+        table,
+        block_tables=block_tables,
+        ref_counts=ref_counts,
+        free_pages=free_pages,
+        num_free=num_free,
+    )
+    return table, possible & fits, PageCopies(src=source, dst=target, count=count)
+
+
+def copy_on_write(
+    ref_counts: Array, free_pages: Array, num_free: Array, old: Array, own: Array, mask: Array
+) -> tuple[Array, ...]:
+    """Gives up the masked `old` pages for `own` ones, and lists the copies to make."""
+    num_pages = ref_counts.size
+
+    def copy(ref_counts: Array, free_pages: Array, num_free: Array) -> tuple[Array, ...]:
+        order = running_sum(mask.astype(jnp.int32))
+        to = jnp.where(mask, order - 1, mask.size)
+        none = jnp.full_like(old, num_pages)
+        source, target = none.at[to].set(old, mode="drop"), none.at[to].set(own, mode="drop")
+        state = give_up(ref_counts, free_pages, num_free, old, mask)
+        return *state, source, target, order[-1]
+
+    def no_copy(ref_counts: Array, free_pages: Array, num_free: Array) -> tuple[Array, ...]:
+        none = jnp.full_like(old, num_pages)
+        return ref_counts, free_pages, num_free, none, none, jnp.zeros_like(num_free)
+
+    return lax.cond(jnp.any(mask), copy, no_copy, ref_counts, free_pages, num_free)
+
+
+def append(table: PageTable, n: ArrayLike) -> tuple[PageTable, Array]:
+    """Advances `kv_lens` over room that the rows hold.
+
+    Speculation reserves k tokens and appends those that were accepted.
+
+    Args:
+      table: the table.
+      n: i32[R], tokens to add to each row.
+
+    Returns:
+      The table and `ok` bool[R]: not ok, and unchanged, where `n` is negative, where it goes
+      beyond the pages the row holds, or where the next token would fall in a page that others
+      hold (the row did not reserve it).
+    """
+    n = as_integers("n", n, (table.max_seqs,))
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
+    room = table.max_pages_per_seq * table.page_size - table.kv_lens
+    grows = (n > 0) & (n <= room)
+    lens = table.kv_lens + jnp.where(grows, n, 0)
+    last = pages_for(lens, table.page_size) - 1
+    # A row's pages are contiguous, so holding the last one is holding them all.
+    last_page = read_entries(table, rows, jnp.where(grows, last, table.max_pages_per_seq))
+    next_page = read_entries(table, rows, table.kv_lens // table.page_size)
+    holders = table.ref_counts.at[next_page].get(mode="fill", fill_value=0)
+    grows &= (last_page < table.num_pages) & (holders <= 1)
+    return replace(table, kv_lens=jnp.where(grows, lens, table.kv_lens)), grows | (n == 0)
+
+
+def truncate(table: PageTable, new_lens: ArrayLike) -> tuple[PageTable, Array]:
+    """Forgets tokens: row r keeps its first `new_lens[r]`.
+
+    Every page past the `ceil(new_len / page_size)` that hold them is given back, spare reserved
+    ones included. To leave a row alone, spare pages and all, pass a length that is not ok, such
+    as -1.
+
+    Args:
+      table: the table.
+      new_lens: i32[R], tokens to keep.
+
+    Returns:
+      The table and `ok` bool[R]: not ok, and unchanged, where `new_lens` is negative or above
+      `kv_lens`.
+    """
+    lens = as_integers("new_lens", new_lens, (table.max_seqs,))
+    ok = (lens >= 0) & (lens <= table.kv_lens)
+    lens = jnp.where(ok, lens, table.kv_lens)
+    keep = jnp.where(ok, pages_for(lens, table.page_size), table.max_pages_per_seq)
+    return trim(table, keep, lens), ok
+
+
+def release(table: PageTable, mask: ArrayLike) -> PageTable:
+    """Empties the rows in `mask` bool[R]; pages that nobody holds any more become free.
+
+    Rows that are empty already are left as they are.
+    """
+    mask = as_mask("mask", mask, (table.max_seqs,))
+    keep = jnp.where(mask, 0, table.max_pages_per_seq)
+    return trim(table, keep, jnp.where(mask, 0, table.kv_lens))
+
+
+def trim(table: PageTable, keep: Array, kv_lens: Array) -> PageTable:
+    """Gives up row r's pages past the first `keep[r]`, and sets the lengths."""
+    entries = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32)
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
+    # Pages are contiguous: whether a row has any past `keep` shows in one entry.
+    next_page = read_entries(table, rows, keep)
+
+    def give_back(
+        block_tables: Array, kv_lens: Array, ref_counts: Array, free_pages: Array, num_free: Array
+    ) -> tuple[Array, ...]:
+        past = entries >= keep[:, None]
+        pools = give_up(
+            ref_counts, free_pages, num_free, block_tables.reshape(-1), past.reshape(-1)
+        )
+        past &= pools[2] >= 0  # always: but now the write comes after the reads
+        return jnp.where(past, table.num_pages, block_tables), kv_lens, *pools
+
+    table = replace(table, kv_lens=kv_lens)
+    some = after_reads(table, jnp.any(next_page < table.num_pages))
+    return with_leaves(table, lax.cond(some, give_back, lambda *s: s, *leaves(table)))

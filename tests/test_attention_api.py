@@ -1,0 +1,231 @@
+"""What `paged_attention` refuses, in which words, and which implementation it picks."""
+
+import warnings
+
+import attention_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import paxattn.attention as attention
+from paxattn.attention import choice, explain, implementations, paged_attention
+from paxattn.attention import paged_attention_decode as decode
+
+S = jax.ShapeDtypeStruct
+T, R, M, N, P, D, HQ, HKV, L = 5, 2, 3, 6, 4, 8, 4, 2, 2
+
+
+def arguments(**changes):
+    """A valid call, as shapes only, with some arguments replaced (positional ones too)."""
+    pages = S((N, HKV, P, D), jnp.float32)
+    return (
+        dict(
+            q=S((T, HQ, D), jnp.float32),
+            k_pages=pages,
+            v_pages=pages,
+            block_tables=S((R, M), jnp.int32),
+            kv_lens=S((R,), jnp.int32),
+            cu_q_lens=S((R + 1,), jnp.int32),
+        )
+        | changes
+    )
+
+
+STACKED = S((L, N, HKV, P, D), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(q=[1.0]), TypeError, "q must be an array, not list"),
+        (dict(q=S((T, D), jnp.float32)), ValueError, r"q.shape=\(5, 8\) must be \[tokens, num_q"),
+        (dict(q=S((0, HQ, D), jnp.float32)), ValueError, "none of them 0"),
+        (dict(q=S((T, HQ, D), jnp.int32)), TypeError, "q.dtype=.*int32.* must be one of float32"),
+        (dict(k_pages=None), TypeError, "k_pages must be an array, not NoneType"),
+        (dict(v_pages=3), TypeError, "v_pages must be an array, not int"),
+        (
+            dict(k_pages=S((N, P, D), jnp.float32)),
+            ValueError,
+            r"k_pages.shape=\(6, 4, 8\) must be \[num_pages, num_kv_heads, page_size, head_dim\]",
+        ),
+        (
+            dict(v_pages=S((N, HKV, P, D + 1), jnp.float32)),
+            ValueError,
+            r"v_pages.shape=\(6, 2, 4, 9\) must equal k_pages.shape=\(6, 2, 4, 8\)",
+        ),
+        (dict(layer=0), ValueError, "layer=0 was given with pages of one layer.*drop layer="),
+        (
+            dict(k_pages=STACKED, v_pages=STACKED),
+            ValueError,
+            "holds the pages of 2 layers: say which with layer=",
+        ),
+        (
+            dict(k_pages=STACKED, v_pages=STACKED, layer=2),
+            ValueError,
+            r"layer=2 must be in \[0, 2\)",
+        ),
+        (dict(k_pages=STACKED, v_pages=STACKED, layer=-1), ValueError, "layer=-1 must be in"),
+        (dict(k_pages=STACKED, v_pages=STACKED, layer=0.0), TypeError, "layer=0.0 must be an int"),
+        (
+            dict(k_pages=STACKED, v_pages=STACKED, layer=S((1,), jnp.int32)),
+            TypeError,
+            r"layer must be an int or an i32\[\] array, got int32\[1\]",
+        ),
+        (
+            dict(k_pages=S((N, HKV, P, D), jnp.bfloat16)),
+            TypeError,
+            "k_pages has dtype bfloat16, q has float32: cast q",
+        ),
+        (dict(q=S((T, HQ, 16), jnp.float32)), ValueError, "head_dim of q.shape=.* must be equal"),
+        (
+            dict(q=S((T, 3, D), jnp.float32)),
+            ValueError,
+            "num_q_heads=3 must be a multiple of num_kv_heads=2",
+        ),
+        (
+            dict(block_tables=S((R, M), jnp.int16)),
+            TypeError,
+            r"block_tables has dtype int16, must be int32: block_tables.astype\(jnp.int32\)",
+        ),
+        (dict(kv_lens=np.zeros(R)), TypeError, "kv_lens has dtype float64, must be int32"),
+        (dict(cu_q_lens=[0, 1, 2]), TypeError, "cu_q_lens must be an array, not list"),
+        (
+            dict(block_tables=S((R,), jnp.int32)),
+            ValueError,
+            r"block_tables.shape=\(2,\) must be \[rows, max_pages_per_seq\]",
+        ),
+        (
+            dict(kv_lens=S((R + 1,), jnp.int32)),
+            ValueError,
+            r"kv_lens.shape=\(3,\) must be \(2,\): one length per row",
+        ),
+        (
+            dict(cu_q_lens=S((R,), jnp.int32)),
+            ValueError,
+            r"cu_q_lens.shape=\(2,\) must be \(3,\): a running sum",
+        ),
+        (dict(max_q_len=0), ValueError, "max_q_len=0 must be at least 1"),
+        (dict(max_q_len=S((), jnp.int32)), TypeError, "max_q_len must be a Python int"),
+        (dict(max_q_len=1.5), TypeError, "max_q_len must be a Python int, not float"),
+        (dict(sm_scale=0.0), ValueError, "sm_scale=0.0 must be positive and finite"),
+        (dict(sm_scale="x"), TypeError, "sm_scale must be a number, not str"),
+        (dict(causal=None), TypeError, "causal must be a Python bool, not NoneType"),
+        (dict(sliding_window=0), ValueError, "sliding_window=0 must be at least 1 token"),
+        (dict(sliding_window=2.0), TypeError, "sliding_window=2.0 must be an int or an i32"),
+        (
+            dict(sliding_window=S((3,), jnp.int32)),
+            TypeError,
+            r"sliding_window must be an int or an i32\[\] array, got int32\[3\]",
+        ),
+        (
+            dict(sliding_window=4, causal=False),
+            ValueError,
+            "sliding_window=4 needs causal=True",
+        ),
+        (dict(soft_cap=0.0), ValueError, "soft_cap=0.0 must be positive and finite"),
+        (dict(soft_cap=float("nan")), ValueError, "soft_cap=nan must be positive and finite"),
+        (dict(soft_cap=S((), jnp.float32)), TypeError, "soft_cap must be a Python float"),
+        (
+            dict(sinks=S((HQ + 1,), jnp.float32)),
+            ValueError,
+            r"sinks.shape=\(5,\) must be \(4,\): one logit per query head",
+        ),
+        (dict(sinks=S((HQ,), jnp.int32)), TypeError, "sinks.dtype=.* must be a float dtype"),
+        (
+            dict(implementation="triton"),
+            ValueError,
+            "unknown implementation 'triton': choose from mosaic_gpu, mosaic_tpu, reference",
+        ),
+        (dict(implementation=[]), ValueError, r"implementation=\[\] names nothing"),
+    ],
+)
+def test_refusals(changes, error, words):
+    with pytest.raises(error, match=words):
+        paged_attention(**arguments(**changes))
+    with pytest.raises(error, match=words):
+        explain(**arguments(**changes))
+
+
+@pytest.mark.parametrize("shape", [(R + 1, HQ, D), (R, D)])
+def test_decode_wants_one_query_per_row(shape):
+    given = arguments(q=S(shape, jnp.float32))
+    del given["cu_q_lens"]
+    with pytest.raises(ValueError, match="with one query for each row of"):
+        decode(**given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(k_pages=STACKED, v_pages=STACKED, layer=1),
+        dict(k_pages=STACKED, v_pages=STACKED, layer=S((), jnp.int32)),
+        dict(sliding_window=S((), jnp.int32), soft_cap=3, sinks=S((HQ,), jnp.bfloat16)),
+        dict(causal=False, max_q_len=100, sm_scale=S((), jnp.float32), return_lse=True),
+    ],
+)
+def test_explain_takes_shapes(changes):
+    told = explain(**arguments(**changes))
+    assert told.implementation == "reference"
+    assert told.target.platform == "cpu"
+    assert "plain jax.numpy" in str(told)
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_native_implementations_decline_by_name(name):
+    words = f"{name}: this version of paxattn has no Mosaic .PU kernel"
+    for asked in (name, [name], ("mosaic_tpu", "mosaic_gpu")):
+        with pytest.raises(NotImplementedError, match=words):
+            paged_attention(**arguments(), implementation=asked)
+        told = explain(**arguments(), implementation=asked)
+        assert told.implementation is None
+        assert str(told).startswith("nothing on")
+    told = explain(**arguments(), implementation=[name, "reference"])
+    assert told.implementation == "reference"
+    assert [n for n, _ in told.reasons] == [name, "reference"]
+
+
+def test_implementations_lists_this_machine():
+    listed = {name: (available, reason) for name, available, reason in implementations()}
+    assert list(listed) == ["mosaic_gpu", "mosaic_tpu", "reference"]
+    assert [available for available, _ in listed.values()] == [False, False, True]
+    assert "no Mosaic GPU kernel" in listed["mosaic_gpu"][1]
+
+
+def test_an_accelerator_on_the_reference_is_warned_once(monkeypatch):
+    monkeypatch.setattr(choice, "_warned", set())
+    device = AbstractDevice("NVIDIA H200", None, "cuda")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        told = explain(**arguments())
+        assert (told.implementation, told.target.platform) == ("reference", "gpu")
+        assert told.reasons[0] == ("mosaic_gpu", "this version of paxattn has no Mosaic GPU kernel")
+        with pytest.warns(UserWarning, match="slower reference on NVIDIA H200: mosaic_gpu: this"):
+            jax.eval_shape(lambda x: paged_attention(**x), arguments())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the second time, and when it was asked for: silence
+            jax.eval_shape(lambda x: paged_attention(**x), arguments())
+            choice._warned.clear()
+            jax.eval_shape(lambda x: paged_attention(**x, implementation="reference"), arguments())
+
+
+def test_options_given_as_data_or_as_numbers_share_a_compilation(caplog):
+    inputs = cases.make(cases.Case(q_lens=(1,), kv_lens=(9,), page_size=4, layers=2, max_q_len=1))
+    arrays = [jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages)]
+    options, typed = inputs.options, dict(layer=jnp.int32(1), sliding_window=jnp.int32(3))
+    with jax.log_compiles():
+        first = paged_attention(*arrays, **options | dict(sliding_window=3, sm_scale=0.1))
+        again = paged_attention(*arrays, **options | typed, sm_scale=jnp.float32(0.1))
+        paged_attention(*arrays, **options | dict(layer=0, sliding_window=None))
+    compiled = [x for x in caplog.messages if x.startswith("Compiling") and "paged_attention" in x]
+    assert len(compiled) == 1, compiled
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
+
+
+def test_public_names():
+    assert set(attention.__all__) == {
+        "Explanation", "explain", "implementations", "paged_attention", "paged_attention_decode",
+    }  # fmt: skip
+    for name in attention.__all__:
+        assert getattr(attention, name).__doc__
