@@ -35,8 +35,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main() -> None:
     """Entry point: one clear line for bad input, quiet for a closed pipe or Ctrl-C."""
     try:
-        cli(standalone_mode=False)
+        # Not `cli()`: click would turn a closed pipe into exit code 1 before we see it.
+        with cli.make_context("paxattn", sys.argv[1:]) as context:
+            cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
     except click.ClickException as error:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -183,7 +187,7 @@ def _use_compilation_cache() -> None:
 @contextlib.contextmanager
 def _loading(log: Console) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=log, transient=True) as progress:
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

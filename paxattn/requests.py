@@ -135,8 +135,8 @@ def prepare_requests(
             raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
         if len(prompt) + n > config.max_positions:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={n}: more than the model's "
-                f"{config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={n}: more than the "
+                f"model's {config.max_positions} positions; shorten the one or lower the other"
             )
     if not 1 <= page_size <= 256:
         raise ValueError(f"{page_size=} must be between 1 and 256 tokens")

@@ -11,8 +11,9 @@ from tokenizers.decoders import DecodeStream
 class TextStream:
     """Text of one growing sequence.
 
-    Bytes of an unfinished character are held back, and so is text that may turn out to be the
-    beginning of a stop string, so nothing that was handed out is ever taken back.
+    Bytes of an unfinished character are held back (and left out if the end comes first), and so is
+    text that may turn out to be the beginning of a stop string, so nothing that was handed out is
+    ever taken back.
 
     Attributes:
         text: everything handed out so far.

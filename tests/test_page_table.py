@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -637,7 +638,8 @@ def test_utilization_counts_shared_tokens_once():
 
 def broken(table, **arrays):
     return jax.tree.map(
-        lambda x: x, pt.replace(table, **{k: jnp.asarray(v, jnp.int32) for k, v in arrays.items()})
+        lambda x: x,
+        dataclasses.replace(table, **{k: jnp.asarray(v, jnp.int32) for k, v in arrays.items()}),
     )
 
 
