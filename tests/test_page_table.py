@@ -637,10 +637,7 @@ def test_utilization_counts_shared_tokens_once():
 
 
 def broken(table, **arrays):
-    return jax.tree.map(
-        lambda x: x,
-        dataclasses.replace(table, **{k: jnp.asarray(v, jnp.int32) for k, v in arrays.items()}),
-    )
+    return dataclasses.replace(table, **{k: jnp.asarray(v, jnp.int32) for k, v in arrays.items()})
 
 
 def test_check_invariants_names_what_is_wrong():
