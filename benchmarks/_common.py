@@ -39,6 +39,7 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "paxattn": metadata.version("paxattn") if _installed("paxattn") else "source",
         "date": datetime.date.today().isoformat(),
+        "load": round(os.getloadavg()[0], 1),  # of others too: figures taken at 2 and more mislead
     }
 
 

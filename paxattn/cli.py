@@ -46,7 +46,7 @@ def main() -> None:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f" (see {error.ctx.command_path} --help)"
         _fail(f"{error.format_message()}{hint}", error.exit_code)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (CheckpointError, ValueError, TypeError, OSError, RuntimeError, OverflowError) as error:
         if isinstance(error, BrokenPipeError):
             # Whoever read our output has enough. Python flushes stdout at exit: give it a sink.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,10 +62,16 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(paxattn.__version__, prog_name="paxattn")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Paged attention for JAX: generate text, plan memory, inspect this machine."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -154,12 +160,18 @@ def generate(
         show_plain(running, texts, report, log)
     if not quiet:
         summary(log, report, running.stats(), checkpoint.config.max_positions)
+    short = report.reasons.count("out_of_pages")
+    if short:
+        raise click.ClickException(
+            f"{short} of {len(texts)} prompts ran out of pages: raise --num-pages above "
+            f"{running.stats().num_pages}"
+        )
 
 
 def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
     texts = list(prompts)
     if file is None and not texts:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError("no prompt: pass --prompt, --prompt-file or standard input")
         file = click.open_file("-", encoding="utf-8")
     if file is not None:

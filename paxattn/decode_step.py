@@ -50,7 +50,6 @@ class Status(enum.IntEnum):
     STOP = 2
     LENGTH = 3
     OUT_OF_PAGES = 4
-    ABORTED = 5
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +119,11 @@ def ragged_step(
         ``(table, cache, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could
         be had is not ok: it is left as it was, and its hidden states mean nothing.
     """
+    if (cache.num_pages, cache.page_size) != (table.num_pages, table.page_size):
+        raise ValueError(
+            f"{cache.num_pages=} and {cache.page_size=} must be {table.num_pages=} and "
+            f"{table.page_size=}: make both with the same sizes"
+        )
     num_tokens = tokens.shape[0]
     max_q_len = num_tokens if max_q_len is None else max_q_len
     new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
@@ -145,6 +149,7 @@ def decode_step(
     live: jax.Array,
     emit: jax.Array,
     max_q_len: int | None = None,
+    patient: bool = False,
     logits_processor: LogitsProcessor | None = None,
 ) -> DecodeState:
     """Advance a batch by one step.
@@ -158,6 +163,8 @@ def decode_step(
         emit: bool[R], live rows that get a new token from this step: those whose last known token
             is in it.
         max_q_len: static upper bound of ``q_lens``.
+        patient: of the rows that find no page, end only the first: the pages that it gives back
+            may let the others go on. Those must be tried again with the same tokens.
         logits_processor: see `sampling.sample`.
 
     Returns:
@@ -182,7 +189,10 @@ def decode_step(
     full = emit & (num_generated >= state.max_new_tokens)
     status = jnp.where(full, jnp.int32(Status.LENGTH), state.status)
     status = jnp.where(stopped, jnp.int32(Status.STOP), status)
-    status = jnp.where(live & ~ok, jnp.int32(Status.OUT_OF_PAGES), status)
+    failed = live & ~ok
+    if patient:
+        failed &= jnp.cumsum(failed) == 1
+    status = jnp.where(failed, jnp.int32(Status.OUT_OF_PAGES), status)
 
     held = table.ref_counts.shape[0] - table.num_free
     return dataclasses.replace(
@@ -273,6 +283,7 @@ def decode(
             live=running(state),
             emit=running(state),
             max_q_len=1,
+            patient=True,
             logits_processor=logits_processor,
         )
 

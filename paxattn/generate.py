@@ -115,6 +115,9 @@ def _start(
     """Allocate the pool and run the prompts."""
     num_rows = prompt_lens.shape[0]
     wanted = jnp.where(max_new_tokens > 0, jnp.int32(Status.RUNNING), jnp.int32(Status.LENGTH))
+    # A prompt larger than the pool takes nothing from the others.
+    too_long = -(-prompt_lens // sizes.page_size) > sizes.num_pages
+    wanted = jnp.where(too_long, jnp.int32(Status.OUT_OF_PAGES), wanted)
     zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     state = DecodeState(
         table=init_page_table(
@@ -123,9 +126,7 @@ def _start(
             max_seqs=num_rows,
             max_pages_per_seq=sizes.max_pages_per_seq,
         ),
-        cache=model.init_cache(
-            num_pages=sizes.num_pages, page_size=sizes.page_size, dtype=sizes.cache_dtype
-        ),
+        cache=model.init_cache(num_pages=sizes.num_pages, page_size=sizes.page_size),
         status=jnp.where(prompt_lens > 0, wanted, jnp.int32(Status.EMPTY)),
         last_token=jnp.zeros(num_rows, jnp.int32),
         num_generated=jnp.zeros(num_rows, jnp.int32),
@@ -172,10 +173,14 @@ def _stop(state: DecodeState, mask: jax.Array) -> DecodeState:
 class _Reader:
     """Turns a state's new tokens into deltas, and finds stop strings."""
 
-    def __init__(self, count: int, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self.texts = [TextStream(tokenizer, stop) if tokenizer else None for _ in range(count)]
-        self.read = [0] * count
-        self.finished = [False] * count
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer | None, stop: Sequence[str]
+    ) -> None:
+        self.texts = [
+            None if tokenizer is None else TextStream(tokenizer, stop, prompt) for prompt in prompts
+        ]
+        self.read = [0] * len(prompts)
+        self.finished = [False] * len(prompts)
 
     def met_stop_string(self) -> bool:
         """Whether any text met one, so that its row must be ended on the device."""
@@ -193,9 +198,12 @@ class _Reader:
             span = slice(self.read[i], int(counts[i]))
             reason = Status(status[i])
             new = tokens[i, span].tolist()
-            piece = text.push(new, final=reason != Status.RUNNING) if text else ""
-            if text and text.stopped:
-                reason = Status.STOP
+            piece, used = "", len(new)
+            if text is not None:
+                piece, used = text.push(new, final=reason != Status.RUNNING)
+                if text.stopped:
+                    reason = Status.STOP
+            new = new[:used]
             self.finished[i] = reason != Status.RUNNING
             self.read[i] = span.stop
             if new or self.finished[i]:
@@ -203,7 +211,7 @@ class _Reader:
                     Delta(
                         index=i,
                         tokens=new,
-                        logprobs=logprobs[i, span].tolist(),
+                        logprobs=logprobs[i, span].tolist()[:used],
                         text=piece,
                         finish_reason=reason.name.lower() if self.finished[i] else None,
                     )
@@ -230,7 +238,7 @@ class Stream(Iterator[Delta]):
         self._requests = prepare_requests(model, prompts, **options)
         self._hook = options.get("logits_processor")
         self.prompts = self._requests.prompts
-        self._reader = _Reader(len(self.prompts), options.get("tokenizer"), options.get("stop", ()))
+        self._reader = _Reader(self.prompts, options.get("tokenizer"), options.get("stop", ()))
         self._state: DecodeState | None = None
         self._news = self._run()
 

@@ -137,7 +137,8 @@ def write(
         cache: the cache; donate it to the enclosing jit to have it changed in place.
         layer: which layer, an integer or i32[].
         slots: i32[T], from `page_table.slot_mapping`: distinct. Slots at or beyond
-            ``num_pages * page_size`` are dropped, which is how inactive tokens write nothing.
+            ``num_pages * page_size`` are dropped, which is how inactive tokens write nothing, and
+            so are negative ones.
         k: ``[T, num_kv_heads, head_dim]``, cast to the cache's dtype.
         v: ``[T, num_kv_heads, head_dim]``.
 
@@ -151,6 +152,8 @@ def write(
                 f"{name}.shape={new.shape} must be {expected}: (tokens, num_kv_heads, head_dim)"
             )
     layers = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), slots.shape)
+    # A negative index would wrap round to a page of somebody else.
+    slots = jnp.where(slots < 0, jnp.iinfo(jnp.int32).max + slots, slots)
     pages, offsets = slots // cache.page_size, slots % cache.page_size
 
     def store(pool: jax.Array, new: jax.Array) -> jax.Array:

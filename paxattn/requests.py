@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypedDict
 
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
@@ -28,7 +27,6 @@ class GenerateOptions(TypedDict, total=False):
         page_size: tokens per page, 1 to 256; 16 by default.
         num_pages: pages in the pool; by default enough for every prompt to run to its end.
         prefill_chunk: prompt tokens per prefill step; 512 by default.
-        cache_dtype: dtype of the KV cache; the model's by default.
         logits_processor: traceable ``(logits f32[R, V], num_generated i32[R]) -> logits``; a
             different function object compiles anew.
     """
@@ -41,7 +39,6 @@ class GenerateOptions(TypedDict, total=False):
     page_size: int
     num_pages: int | None
     prefill_chunk: int
-    cache_dtype: DTypeLike | None
     logits_processor: LogitsProcessor | None
 
 
@@ -54,7 +51,6 @@ class Sizes:
     max_pages_per_seq: int
     capacity: int
     chunk: int
-    cache_dtype: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +85,7 @@ def _tokenize(
                 raise ValueError(f"prompt {i} is text: pass tokenizer=, or token ids instead")
             ids.append(tokenizer.encode(prompt).ids)
         else:
-            ids.append([int(token) for token in prompt])
+            ids.append([_integer(f"a token of prompt {i}", token) for token in prompt])
         if not ids[i]:
             raise ValueError(f"prompt {i} has no tokens: a model needs at least one to start from")
         wrong = [token for token in ids[i] if not 0 <= token < vocab]
@@ -100,10 +96,19 @@ def _tokenize(
     return ids
 
 
+def _integer(name: str, value: Any) -> int:
+    """A whole number, of Python's or numpy's; never a rounded one."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}: must be an integer")
+    return int(value)
+
+
 def _per_prompt(name: str, value: Any, kind: type, count: int) -> list[Any]:
     """One value for all prompts, or a sequence with one for each."""
     if isinstance(value, kind):
         return [value] * count
+    if not isinstance(value, Sequence) or not all(isinstance(one, kind) for one in value):
+        raise TypeError(f"{name}={value!r} must be {kind.__name__}, or one for each prompt")
     values = list(value)
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
@@ -122,24 +127,28 @@ def prepare_requests(
     page_size: int = 16,
     num_pages: int | None = None,
     prefill_chunk: int = 512,
-    cache_dtype: DTypeLike | None = None,
     logits_processor: LogitsProcessor | None = None,
 ) -> Requests:
     """Check the requests and round their shapes up to buckets."""
     config = model.config
     ids = _tokenize(prompts, tokenizer, config.vocab_size)
-    new = _per_prompt("max_new_tokens", max_new_tokens, int, len(ids))
+    new = _per_prompt("max_new_tokens", max_new_tokens, Integral, len(ids))
     params = _per_prompt("sampling", sampling, SamplingParams, len(ids))
     for i, (prompt, n) in enumerate(zip(ids, new, strict=True)):
-        if n < 0:
+        if _integer(f"max_new_tokens of prompt {i}", n) < 0:
             raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
         if len(prompt) + n > config.max_positions:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens and max_new_tokens={n}: more than the "
                 f"model's {config.max_positions} positions; shorten the one or lower the other"
             )
+    for name, value in (("prefill_chunk", prefill_chunk), ("page_size", page_size)):
+        _integer(name, value)
+    if num_pages is not None and _integer("num_pages", num_pages) < 1:
+        raise ValueError(f"{num_pages=} must be at least 1")
     if not 1 <= page_size <= 256:
         raise ValueError(f"{page_size=} must be between 1 and 256 tokens")
+    stop_token_ids = [_integer("a stop token id", token) for token in stop_token_ids]
     unknown = [token for token in stop_token_ids if not 0 <= token < config.vocab_size]
     if unknown:
         raise ValueError(
@@ -164,7 +173,6 @@ def prepare_requests(
         max_pages_per_seq=-(-longest // page_size),
         capacity=capacity,
         chunk=min(total, prefill_chunk),
-        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
     )
     packed = np.zeros(total, np.int32)
     flat = [token for prompt in ids for token in prompt]

@@ -44,7 +44,7 @@ def test_generate_from_standard_input_and_a_closed_pipe():
     for word in ("tokens/s", "pages", "utilization", "ended by"):
         assert word in out.stderr
     # A reader that goes away is no error.
-    script = f'"{sys.executable}" -m paxattn generate -n 8 --page-size 8 -p a -p b | head -c 1'
+    script = f'"{sys.executable}" -m paxattn generate -n 8 --page-size 8 -p a -p b | true'
     piped = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, timeout=240
     )
@@ -58,6 +58,20 @@ def test_quiet_prints_only_the_text(monkeypatch, capfd):
     assert code == 0
     assert out.startswith("def f(x):")
     assert err == ""
+
+
+def test_running_out_of_pages_is_said(monkeypatch, capfd):
+    args = ("generate", "-q", "-n", "16", "--page-size", "8", "-p", "def f(x):", "--num-pages", "1")
+    code, out, err = in_process(*args, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 1
+    assert out.startswith("def f(x):")
+    assert "1 of 1 prompts ran out of pages: raise --num-pages above 1" in err
+
+
+def test_alone_it_shows_the_help(monkeypatch, capfd):
+    code, out, err = in_process(monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, err) == (0, "")
+    assert "Usage:" in out
 
 
 def test_doctor(monkeypatch, capfd):

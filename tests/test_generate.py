@@ -140,11 +140,20 @@ def test_out_of_pages_ends_only_those_affected(greedy):
     # 10 pages of 4: the prompts take 2 + 1 + 3 + 4, so growing rows soon find none left.
     tight = generate(MODEL, PROMPTS, **{**SHAPE, "num_pages": 10})
     reasons = [completion.finish_reason for completion in tight.completions]
-    assert "out_of_pages" in reasons
-    assert "length" in reasons
     for completion, whole in zip(tight.completions, tokens_of(greedy), strict=True):
         assert completion.tokens == whole[: len(completion.tokens)]
     assert tight.stats.peak_pages == 10
+    # The first that finds no page ends; what it gives back lets others finish.
+    assert reasons == ["length", "out_of_pages", "length", "out_of_pages"]
+
+
+def test_a_prompt_larger_than_the_pool_takes_nothing_from_the_others(greedy):
+    order = [3, 0, 2, 1]
+    small = generate(MODEL, [PROMPTS[i] for i in order], **{**SHAPE, "num_pages": 3})
+    assert small.completions[0].finish_reason == "out_of_pages"
+    assert small.completions[0].tokens == []
+    # The next in order (5 tokens, two pages) runs as long as three pages let it.
+    assert small.completions[1].tokens == tokens_of(greedy)[0][:8]
 
 
 def test_a_row_that_fails_in_the_middle_of_its_prompt_disturbs_nobody(greedy):
@@ -194,6 +203,10 @@ def test_text_in_text_out_and_stop_strings():
     assert [c.text for c in cut] == expected
     assert [c.finish_reason == "stop" for c in cut] == [middle in c.text for c in plain]
     assert any(c.finish_reason == "stop" for c in cut)
+    for completion, whole in zip(cut, plain, strict=True):
+        assert completion.tokens == whole.tokens[: len(completion.tokens)]
+        assert len(completion.logprobs) == len(completion.tokens)
+        assert TOKENIZER.decode(completion.tokens).startswith(completion.text)
     pieces = [""] * 4
     for delta in stream(MODEL, texts, stop=[middle], **options):
         pieces[delta.index] += delta.text
@@ -291,6 +304,12 @@ BAD = SamplingParams(top_p=2)
         ([[1]], {"max_new_tokens": 8, "stop": [""]}, ValueError, "must be a list of non-empty"),
         ([[1]], {"max_new_tokens": 8, "page_size": 0}, ValueError, "page_size"),
         ([[1]], {"max_new_tokens": 8, "num_pages": 0}, ValueError, "num_pages"),
+        ([[1.5]], {}, TypeError, "a token of prompt 0 is 1.5: must be an integer"),
+        ([[1]], {"max_new_tokens": 1.5}, TypeError, "max_new_tokens=1.5 must be Integral"),
+        ([[1]], {"max_new_tokens": True}, TypeError, "max_new_tokens of prompt 0 is True"),
+        ([[1]], {"sampling": [None]}, TypeError, "must be SamplingParams, or one for each"),
+        ([[1]], {"max_new_tokens": 8, "num_pages": 2.0}, TypeError, "num_pages is 2.0"),
+        ([[1]], {"max_new_tokens": 8, "stop_token_ids": [1.5]}, TypeError, "a stop token id is"),
         ([[1]], {"max_new_tokens": 8, "block": 0}, ValueError, "block=0 must be at least 1"),
         ([[1]], {"max_new_tokens": 8, "stop_token_ids": [V]}, ValueError, "stop_token_ids"),
     ],
