@@ -82,16 +82,19 @@ def copying(num_pages, rows, width, steps, *, reserve):
     everyone = one > 0
 
     def step(_, carry):
-        table, bad = carry
-        pages = table.block_tables[:, 0]
-        table = pt.retain(table, pages, everyone)
+        table, pages, bad = carry
+        table, old = pt.retain(table, pages, everyone), pages
         if reserve:
             table, _, copies = pt.reserve(table, one)
+            old, pages = copies.src[:rows], copies.dst[:rows]
             bad += jnp.abs(copies.count - rows)
-        return pt.drop(table, pages, everyone), bad
+        return pt.drop(table, old, everyone), pages, bad
 
     def loop(table):
-        return lax.fori_loop(0, steps, step, (table, jnp.int32(0)))
+        table, _, bad = lax.fori_loop(
+            0, steps, step, (table, table.block_tables[:, 0], jnp.int32(0))
+        )
+        return table, bad
 
     return timed(loop, table)
 
