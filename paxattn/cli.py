@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -15,14 +16,13 @@ import click
 import jax
 import platformdirs
 from flax import nnx
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 import paxattn
 from paxattn.attention import implementations
-from paxattn.display import Report, show_live, show_plain, summary
+from paxattn.display import Output, Report, show_live, show_plain, show_plan, summary
 from paxattn.generate import stream
 from paxattn.memory import plan as memory_plan
 from paxattn.models import CheckpointError, Decoder, DecoderConfig, bundled, load
@@ -34,6 +34,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def main() -> None:
     """Entry point: one clear line for bad input, quiet for a closed pipe or Ctrl-C."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed before we started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         # Not `cli()`: click would turn a closed pipe into exit code 1 before we see it.
         with cli.make_context("paxattn", sys.argv[1:]) as context:
@@ -62,6 +65,21 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a platform has no device
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = str(error) or f"none of JAX_PLATFORMS={asked}; unset it to use what is there"
+        raise click.ClickException(f"JAX found no device: {why}") from None
+
+
+def _not_empty(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value == "":
+        raise click.BadParameter("is empty", context, option)
+    return value
+
+
 @click.group(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -74,28 +92,61 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@cli.command()
+@cli.command(
+    epilog="""\b
+    Examples:
+      paxattn generate -p "def read_config(path):" -p "class Stack:"
+      paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95
+      echo "import os" | paxattn generate
+    """
+)
 @click.option("--prompt", "-p", "prompts", multiple=True, help="A prompt; may be repeated.")
 @click.option(
     "--prompt-file",
-    type=click.File("r", encoding="utf-8"),
+    type=click.File("r", encoding="utf-8-sig"),
     help="One prompt per line; - for standard input (the default without --prompt).",
 )
 @click.option(
     "--model",
     "-m",
-    default=None,
+    callback=_not_empty,
     help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
 )
-@click.option("--max-new-tokens", "-n", type=click.IntRange(0), default=64, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    "-n",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Of each prompt.",
+)
 @click.option(
     "--temperature", "-t", type=float, default=0.0, show_default=True, help="0 is greedy."
 )
-@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass.")
-@click.option("--min-p", type=float, default=0.0, help="Keep tokens this likely, to the likeliest.")
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Prompt i uses seed + i.")
+@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens.  [default: all]")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass.  [default: 1]"
+)
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    help="Keep tokens at least this likely, relative to the likeliest.  [default: 0]",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: make tokens that came already less likely.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="The next prompts use seed + 1, seed + 2, ... (modulo 2**32).",
+)
 @click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
 @click.option(
@@ -103,7 +154,13 @@ def cli(context: click.Context) -> None:
     type=click.Choice(_DTYPES),
     help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
 )
-@click.option("--page-size", type=click.IntRange(1, 256), default=16, show_default=True)
+@click.option(
+    "--page-size",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Tokens per page.",
+)
 @click.option(
     "--num-pages", type=click.IntRange(1), help="Pages in the pool.  [default: enough for all]"
 )
@@ -122,21 +179,16 @@ def generate(
     quiet: bool,
     **sampling: Any,
 ) -> None:
-    r"""Complete prompts, all at once, out of one paged KV cache.
-
-    \b
-    paxattn generate -p "def read_config(path):" -p "class Stack:"
-    paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95
-    echo "import os" | paxattn generate
-    """
+    """Complete prompts, all at once, out of one paged KV cache."""
     texts = _read_prompts(prompts, prompt_file)
-    params = [SamplingParams(seed=seed + i, **sampling) for i in range(len(texts))]
+    params = [SamplingParams(seed=(seed + i) % 2**32, **sampling) for i in range(len(texts))]
     for one in params:
         one.validate()
     _use_compilation_cache()
+    _devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
-    log = Console(stderr=True, quiet=quiet)
+    log = Output(stderr=True, quiet=quiet)
     with _loading(log) as progress:
         checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
     if checkpoint.tokenizer is None:
@@ -144,7 +196,7 @@ def generate(
     running = stream(
         checkpoint.model,
         texts,
-        block=2,
+        steps_per_read=2,
         tokenizer=checkpoint.tokenizer,
         max_new_tokens=max_new_tokens,
         sampling=params,
@@ -171,9 +223,9 @@ def generate(
 def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
     texts = list(prompts)
     if file is None and not texts:
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin.isatty():
             raise click.UsageError("no prompt: pass --prompt, --prompt-file or standard input")
-        file = click.open_file("-", encoding="utf-8")
+        file = click.open_file("-", encoding="utf-8-sig")
     if file is not None:
         try:
             texts += [line.rstrip("\r\n") for line in file if line.strip()]
@@ -197,7 +249,7 @@ def _use_compilation_cache() -> None:
 
 
 @contextlib.contextmanager
-def _loading(log: Console) -> Iterator[Callable[[int, int], None]]:
+def _loading(log: Output) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
@@ -213,13 +265,26 @@ class _Bytes(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B?)", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is not a size such as 24GiB, 80GB or 512MiB", param, ctx)
-        return int(float(match[1]) * self._UNITS.get(match[2], 1))
+        if match is None or len(match[1]) > 30:
+            self.fail(
+                f"{str(value)[:40]!r} is not a size such as 24GiB, 80GB or 512MiB", param, ctx
+            )
+        size = int(Fraction(match[1]) * self._UNITS.get(match[2], 1))
+        if size >= 2**63:
+            self.fail(f"{value} is more than any device has", param, ctx)
+        return size
 
 
-@cli.command()
-@click.option("--model", "-m", default=None, help="Checkpoint directory: gives shapes and weights.")
+@cli.command(
+    epilog="""\b
+    Examples:
+      paxattn plan --model DIR --memory 24GiB --mean-len 500
+      paxattn plan --layers 32 --kv-heads 8 --head-dim 128 --weights 16GB --memory 80GB
+    """
+)
+@click.option(
+    "--model", "-m", callback=_not_empty, help="Checkpoint directory: gives shapes and weights."
+)
 @click.option("--layers", type=click.IntRange(1), help="Without --model: layers.")
 @click.option("--kv-heads", type=click.IntRange(1), help="Without --model: KV heads per layer.")
 @click.option("--head-dim", type=click.IntRange(1), help="Without --model: elements per head.")
@@ -229,11 +294,33 @@ class _Bytes(click.ParamType):
 @click.option(
     "--memory", type=_Bytes(), help="Budget, such as 24GiB.  [default: the first device's memory]"
 )
-@click.option("--max-len", type=click.IntRange(1), help="Tokens a sequence may grow to.")
-@click.option("--mean-len", type=click.IntRange(1), help="Tokens of a typical sequence.")
-@click.option("--shared-prefix", type=click.IntRange(0), default=0, help="Tokens all share.")
-@click.option("--page-size", type=click.IntRange(1, 256), default=16, show_default=True)
-@click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True)
+@click.option(
+    "--max-len",
+    type=click.IntRange(1),
+    help="Tokens a sequence may grow to.  [default: the model's positions, or 2048]",
+)
+@click.option(
+    "--mean-len",
+    type=click.IntRange(1),
+    help="Tokens of a typical sequence.  [default: a quarter of --max-len]",
+)
+@click.option(
+    "--shared-prefix", type=click.IntRange(0), default=0, help="Tokens all share.  [default: 0]"
+)
+@click.option(
+    "--page-size",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Tokens per page.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    default="bfloat16",
+    show_default=True,
+    help="Of the cache and, with --model, its weights.",
+)
 def plan(
     model: str | None,
     layers: int | None,
@@ -247,12 +334,11 @@ def plan(
     page_size: int,
     dtype: str,
 ) -> None:
-    r"""Tell how many sequences fit a device or a byte budget, paged and reserved naively.
-
-    \b
-    paxattn plan --model DIR --memory 24GiB --mean-len 500
-    paxattn plan --layers 32 --kv-heads 8 --head-dim 128 --weights 16GB --memory 80GB --mean-len 500
-    """
+    """Tell how many sequences fit a device or a byte budget, paged and reserved naively."""
+    given = {"--layers": layers, "--kv-heads": kv_heads, "--head-dim": head_dim}
+    both = [name for name, value in given.items() if value is not None]
+    if model is not None and both:
+        raise click.UsageError(f"--model and {both[0]} both tell the shapes: pass one of them")
     if model is not None:
         config = read_config(Path(model))
         shapes = (config.num_layers, config.num_kv_heads, config.head_dim)
@@ -264,7 +350,7 @@ def plan(
     else:
         raise click.UsageError("pass --model, or all of --layers, --kv-heads and --head-dim")
     if memory is None:
-        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        memory = (_devices()[0].memory_stats() or {}).get("bytes_limit")
         if memory is None:
             raise click.UsageError("this device does not report its memory: pass --memory")
     sizes = memory_plan(
@@ -279,25 +365,7 @@ def plan(
         page_size=page_size,
         shared_prefix=shared_prefix,
     )
-    console = Console(highlight=False)
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_row("budget", f"{decimal(sizes.memory_bytes)}, weights {decimal(sizes.weight_bytes)}")
-    facts.add_row("KV per token", f"{sizes.bytes_per_token:,} bytes ({dtype})")
-    facts.add_row(
-        "pages", f"{sizes.num_pages:,} of {page_size} tokens, {decimal(sizes.cache_bytes)}"
-    )
-    facts.add_row("page table", decimal(sizes.table_bytes))
-    facts.add_row("sequences", f"{sizes.mean_len:,} tokens each, at most {sizes.max_len:,}")
-    console.print(facts)
-    console.print()
-    result = Table("", "sequences at once", "of the held slots in use", box=None, pad_edge=False)
-    result.add_row("paged", f"{sizes.sequences_paged:,}", f"{sizes.utilization_paged:.1%}")
-    result.add_row(
-        f"{sizes.max_len:,} reserved for each",
-        f"{sizes.sequences_naive:,}",
-        f"{sizes.utilization_naive:.1%}",
-    )
-    console.print(result)
+    show_plan(sizes, dtype)
 
 
 def _weight_bytes(config: DecoderConfig, dtype: str) -> int:
@@ -310,7 +378,7 @@ def _weight_bytes(config: DecoderConfig, dtype: str) -> int:
 @cli.command()
 def doctor() -> None:
     """Show versions, devices, and which attention implementations this machine can use."""
-    console = Console(highlight=False)
+    console = Output(highlight=False)
     versions = Table(show_header=False, box=None, pad_edge=False)
     versions.add_row("paxattn", paxattn.__version__)
     versions.add_row("python", sys.version.split()[0])
@@ -320,7 +388,7 @@ def doctor() -> None:
     console.print()
 
     devices = Table("device", "platform", "kind", "memory", box=None, pad_edge=False)
-    for device in jax.devices():
+    for device in _devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
         size = decimal(limit) if limit else "not reported"
         devices.add_row(str(device), device.platform, device.device_kind, size)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from paxattn import kv_cache, page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
-from paxattn.ragged import RaggedBatch, ragged_batch
+from paxattn.ragged import RaggedBatch, check_same_pool, ragged_batch
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
 
 
@@ -118,12 +118,11 @@ def ragged_step(
     Returns:
         ``(table, cache, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could
         be had is not ok: it is left as it was, and its hidden states mean nothing.
+
+    Raises:
+        ValueError: the cache and the table differ in pages or page size.
     """
-    if (cache.num_pages, cache.page_size) != (table.num_pages, table.page_size):
-        raise ValueError(
-            f"{cache.num_pages=} and {cache.page_size=} must be {table.num_pages=} and "
-            f"{table.page_size=}: make both with the same sizes"
-        )
+    check_same_pool(cache, table)
     num_tokens = tokens.shape[0]
     max_q_len = num_tokens if max_q_len is None else max_q_len
     new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
@@ -131,13 +130,21 @@ def ragged_step(
         table, new_tokens, max_new_pages=-(-max_q_len // table.page_size)
     )
     cache = kv_cache.copy_pages(cache, copies)
-    new_tokens = jnp.where(ok, new_tokens, 0)
-    batch = ragged_batch(table, q_lens, num_tokens=num_tokens, max_q_len=max_q_len)
-    # Rows that store nothing must not look past what they hold.
-    batch = dataclasses.replace(batch, kv_lens=table.kv_lens + new_tokens)
+    live = ok if live is None else live & ok
+    batch = ragged_batch(table, q_lens, num_tokens=num_tokens, max_q_len=max_q_len, live=live)
     hidden, cache = model(tokens, batch, cache)
-    table, _ = page_table.append(table, new_tokens)
+    table, _ = page_table.append(table, jnp.where(live, q_lens, 0))
     return table, cache, hidden, ok
+
+
+def release_rows(
+    table: PageTable, cache: KVCache, mask: jax.Array, *, scrub: bool
+) -> tuple[PageTable, KVCache]:
+    """Release rows; with ``scrub`` zero the pages that nobody holds any more."""
+    freed = page_table.release(table, mask)
+    if scrub:
+        cache = kv_cache.scrub(cache, freed.free_pages, table.num_free, freed.num_free)
+    return freed, cache
 
 
 def decode_step(
@@ -149,10 +156,13 @@ def decode_step(
     live: jax.Array,
     emit: jax.Array,
     max_q_len: int | None = None,
-    patient: bool = False,
     logits_processor: LogitsProcessor | None = None,
+    scrub: bool = False,
 ) -> DecodeState:
     """Advance a batch by one step.
+
+    Of the rows that find no page only the first ends: the pages that it gives back may let the
+    others go on. Those are left as they were, for another step with the same tokens.
 
     Args:
         model: see `LanguageModel`.
@@ -163,9 +173,8 @@ def decode_step(
         emit: bool[R], live rows that get a new token from this step: those whose last known token
             is in it.
         max_q_len: static upper bound of ``q_lens``.
-        patient: of the rows that find no page, end only the first: the pages that it gives back
-            may let the others go on. Those must be tried again with the same tokens.
         logits_processor: see `sampling.sample`.
+        scrub: static; zero the pages that ended rows give back before anyone can take them.
 
     Returns:
         The state: new tokens recorded, rows that ended released, their pages free again.
@@ -190,14 +199,15 @@ def decode_step(
     status = jnp.where(full, jnp.int32(Status.LENGTH), state.status)
     status = jnp.where(stopped, jnp.int32(Status.STOP), status)
     failed = live & ~ok
-    if patient:
-        failed &= jnp.cumsum(failed) == 1
+    failed &= jnp.cumsum(failed) == 1
     status = jnp.where(failed, jnp.int32(Status.OUT_OF_PAGES), status)
 
-    held = table.ref_counts.shape[0] - table.num_free
+    held = table.num_pages - table.num_free
+    kv_lens = table.kv_lens
+    table, cache = release_rows(table, cache, live & (status != Status.RUNNING), scrub=scrub)
     return dataclasses.replace(
         state,
-        table=page_table.release(table, live & (status != Status.RUNNING)),
+        table=table,
         cache=cache,
         status=status,
         last_token=jnp.where(emit, new_token, state.last_token),
@@ -208,8 +218,8 @@ def decode_step(
         num_steps=state.num_steps + 1,
         peak_pages=jnp.maximum(state.peak_pages, held),
         page_steps=state.page_steps + held.astype(jnp.float32),
-        token_steps=state.token_steps + jnp.sum(table.kv_lens).astype(jnp.float32),
-        row_steps=state.row_steps + jnp.sum(table.kv_lens > 0).astype(jnp.float32),
+        token_steps=state.token_steps + jnp.sum(kv_lens).astype(jnp.float32),
+        row_steps=state.row_steps + jnp.sum(kv_lens > 0).astype(jnp.float32),
     )
 
 
@@ -221,8 +231,12 @@ def prefill(
     *,
     chunk: int,
     logits_processor: LogitsProcessor | None = None,
+    scrub: bool = False,
 ) -> DecodeState:
     """Run all prompts in chunks of packed tokens; every row that fits gets its first new token.
+
+    A chunk is run again for the rows that found no page, until none of them waits: each time the
+    first of them ends, so this comes to an end.
 
     Args:
         model: see `LanguageModel`.
@@ -231,10 +245,16 @@ def prefill(
         prompt_lens: i32[R].
         chunk: static tokens per step; a chunk may end one prompt and begin the next.
         logits_processor: see `sampling.sample`.
+        scrub: see `decode_step`.
     """
     ends = jnp.cumsum(prompt_lens)
     starts = ends - prompt_lens
     prompts = jnp.pad(prompts, (0, chunk))  # so that the last chunk's slice is never shifted back
+
+    def waiting(done: jax.Array, state: DecodeState) -> jax.Array:
+        """Rows that have not stored what they have in the chunk that begins at ``done``."""
+        stored = state.table.kv_lens >= jnp.minimum(ends, done + chunk) - starts
+        return (state.status == Status.RUNNING) & ~stored
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         done, state = carry
@@ -244,12 +264,13 @@ def prefill(
             state,
             lax.dynamic_slice_in_dim(prompts, done, chunk),
             q_lens,
-            live=(state.status == Status.RUNNING) & (q_lens > 0),
-            emit=(ends > done) & (ends <= done + chunk),
+            live=waiting(done, state),
+            emit=ends <= done + chunk,
             max_q_len=chunk,
             logits_processor=logits_processor,
+            scrub=scrub,
         )
-        return done + chunk, state
+        return jnp.where(jnp.any(waiting(done, state)), done, done + chunk), state
 
     return lax.while_loop(lambda c: c[0] < ends[-1], body, (jnp.zeros_like(ends[-1]), state))[1]
 
@@ -260,6 +281,7 @@ def decode(
     max_steps: jax.Array,
     *,
     logits_processor: LogitsProcessor | None = None,
+    scrub: bool = False,
 ) -> DecodeState:
     """Generate until every row has ended, or for ``max_steps`` i32[] steps.
 
@@ -268,6 +290,7 @@ def decode(
         state: after `prefill`; donate it to the enclosing jit.
         max_steps: an upper bound, as data: streaming uses the same compiled loop.
         logits_processor: see `sampling.sample`.
+        scrub: see `decode_step`.
     """
     last_step = state.num_steps + max_steps
 
@@ -283,8 +306,8 @@ def decode(
             live=running(state),
             emit=running(state),
             max_q_len=1,
-            patient=True,
             logits_processor=logits_processor,
+            scrub=scrub,
         )
 
     return lax.while_loop(

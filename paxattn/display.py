@@ -1,11 +1,10 @@
-"""What `paxattn generate` shows: growing completions, and a summary of the run."""
+"""What the command line shows: growing completions, a summary of the run, a plan."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import click
 from rich.console import Console, Group
@@ -16,37 +15,50 @@ from rich.table import Table
 from rich.text import Text
 
 from paxattn.generate import PoolStats, Stream
+from paxattn.memory import MemoryPlan
 
 _REFRESH_PER_SECOND = 12
 
 
+class Output(Console):
+    """A console that leaves a closed pipe to `cli.main`; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled: let it go on."""
+        raise
+
+
 class Report:
-    """What the summary needs to know of a run."""
+    """What the summary needs to know of a run.
+
+    Attributes:
+        started: when it began, in seconds.
+        reads: for each read of the stream when it came, in seconds, and its tokens: first those
+            that the prompts gave, then those of so many decode steps at a time.
+        reasons: why each prompt's completion ended; "" while it grows.
+    """
 
     def __init__(self, num_prompts: int) -> None:
         self.started = time.perf_counter()
-        self.first: float | None = None  # the prompts have run
-        self.steady: tuple[float, int] | None = None  # the decode loop is compiled
-        self.last = self.started
-        self.tokens = 0
+        self.reads: list[tuple[float, int]] = []
         self.reasons = [""] * num_prompts
+        self._index = num_prompts
 
     def add(self, index: int, tokens: int, reason: str | None) -> None:
         """Count a delta."""
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        self.tokens += tokens
-        if self.steady is None and self.tokens > len(self.reasons):
-            self.steady = (self.last, self.tokens)
+        # A read tells of each prompt that is still running, in order.
+        if index <= self._index:
+            self.reads.append((time.perf_counter(), 0))
+        when, count = self.reads[-1]
+        self.reads[-1] = when, count + tokens
+        self._index = index
         if reason:
             self.reasons[index] = reason
 
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second once everything is compiled; None if the run was too short."""
-        if self.steady is None or self.tokens == self.steady[1]:
-            return None
-        return (self.tokens - self.steady[1]) / (self.last - self.steady[0])
+    def decoded(self) -> tuple[int, float]:
+        """Tokens after the second read, and the seconds they took: by then all is compiled."""
+        tokens = sum(count for _, count in self.reads[2:])
+        return tokens, self.reads[-1][0] - self.reads[1][0] if tokens else 0.0
 
 
 def show_plain(running: Stream, texts: list[str], report: Report, log: Console) -> None:
@@ -61,7 +73,7 @@ def show_plain(running: Stream, texts: list[str], report: Report, log: Console) 
     with log.status("compiling and reading the prompts"):
         first = next(running)
     begin(0)
-    for delta in _chain(first, running):
+    for delta in itertools.chain([first], running):
         report.add(delta.index, len(delta.tokens), delta.finish_reason)
         waiting[delta.index].append(delta.text)
         while current < len(texts):
@@ -76,15 +88,10 @@ def show_plain(running: Stream, texts: list[str], report: Report, log: Console) 
         sys.stdout.flush()
 
 
-def _chain(first: Any, rest: Stream) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
 def show_live(running: Stream, texts: list[str], report: Report, log: Console) -> None:
     """All completions side by side while they grow; in full at the end."""
     written = [""] * len(texts)
-    console = Console()
+    console = Output()
 
     def panels(tail: int | None) -> Group:
         return Group(
@@ -105,12 +112,13 @@ def show_live(running: Stream, texts: list[str], report: Report, log: Console) -
     room = max(3, (console.height - 2) // len(texts) - 3)
     with Live(console=console, transient=True, auto_refresh=False) as live:
         shown = 0.0
-        for delta in _chain(first, running):
+        for delta in itertools.chain([first], running):
             report.add(delta.index, len(delta.tokens), delta.finish_reason)
             written[delta.index] += delta.text
-            if report.last - shown > 1 / _REFRESH_PER_SECOND:
+            now = time.perf_counter()
+            if now - shown > 1 / _REFRESH_PER_SECOND:
                 live.update(panels(room), refresh=True)
-                shown = report.last
+                shown = now
     console.print(panels(None))
 
 
@@ -123,9 +131,16 @@ def _tail(text: str, lines: int | None) -> str:
 def summary(log: Console, report: Report, stats: PoolStats, max_positions: int) -> None:
     """Print tokens, speed, pages and utilization."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    speed = "" if report.rate is None else f", {report.rate:,.0f} tokens/s once compiled"
-    table.add_row("tokens", f"{report.tokens} in {report.last - report.started:.1f} s{speed}")
-    table.add_row("first", f"after {(report.first or report.last) - report.started:.1f} s")
+    total = sum(count for _, count in report.reads)
+    first, last = (report.reads[i][0] - report.started for i in (0, -1))
+    table.add_row("tokens", f"{total:,} in {last:.1f} s, the first after {first:.1f} s")
+    tokens, seconds = report.decoded()
+    if tokens:
+        table.add_row(
+            "decoding",
+            f"{tokens / seconds:,.0f} tokens/s, all prompts together: the last {tokens:,} tokens "
+            f"in {seconds:.2f} s (without the prompts and the first steps, which compile)",
+        )
     reasons = sorted(set(report.reasons))
     table.add_row("ended by", ", ".join(f"{r} {report.reasons.count(r)}" for r in reasons))
     size = decimal(stats.peak_pages * stats.bytes_per_page)
@@ -139,3 +154,26 @@ def summary(log: Console, report: Report, stats: PoolStats, max_positions: int) 
         f"prompt would use {stats.naive_utilization:.1%}",
     )
     log.print(table, highlight=False)
+
+
+def show_plan(sizes: MemoryPlan, dtype: str) -> None:
+    """Print what `memory.plan` found."""
+    console = Output(highlight=False)
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_row("budget", f"{decimal(sizes.memory_bytes)}, weights {decimal(sizes.weight_bytes)}")
+    facts.add_row("KV per token", f"{sizes.bytes_per_token:,} bytes ({dtype})")
+    facts.add_row(
+        "pages", f"{sizes.num_pages:,} of {sizes.page_size} tokens, {decimal(sizes.cache_bytes)}"
+    )
+    facts.add_row("page table", decimal(sizes.table_bytes))
+    facts.add_row("sequences", f"{sizes.mean_len:,} tokens each, at most {sizes.max_len:,}")
+    console.print(facts)
+    console.print()
+    result = Table("", "sequences at once", "of the held slots in use", box=None, pad_edge=False)
+    result.add_row("paged", f"{sizes.sequences_paged:,}", f"{sizes.utilization_paged:.1%}")
+    result.add_row(
+        f"{sizes.max_len:,} reserved for each",
+        f"{sizes.sequences_naive:,}",
+        f"{sizes.utilization_naive:.1%}",
+    )
+    console.print(result)

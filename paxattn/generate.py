@@ -9,7 +9,7 @@ in the same buckets compiles nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
@@ -17,15 +17,21 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
 
-from paxattn.decode_step import DecodeState, Status, decode, prefill
-from paxattn.page_table import init_page_table, release
-from paxattn.requests import GenerateOptions, Prompt, Sizes, prepare_requests
+from paxattn.decode_step import DecodeState, Status, decode, prefill, release_rows
+from paxattn.page_table import init_page_table
+from paxattn.requests import (
+    GenerateOptions,
+    Prompt,
+    Requests,
+    Sizes,
+    integer,
+    prepare_requests,
+)
 from paxattn.sampling import LogitsProcessor, RowSampling
 from paxattn.text import TextStream
 
-_STOP_STRING_BLOCK = 16  # steps between the host's looks for stop strings in `generate`
+_STEPS_PER_READ = 16  # in `generate` with stop strings: the host looks for those
 _NO_LIMIT = 2**30
 
 
@@ -100,7 +106,7 @@ class Generation:
     stats: PoolStats
 
 
-@partial(jax.jit, static_argnames=("sizes", "logits_processor"))
+@partial(jax.jit, static_argnames=("sizes", "logits_processor", "scrub"))
 def _start(
     model: Any,
     packed: jax.Array,
@@ -111,6 +117,7 @@ def _start(
     *,
     sizes: Sizes,
     logits_processor: LogitsProcessor | None,
+    scrub: bool,
 ) -> DecodeState:
     """Allocate the pool and run the prompts."""
     num_rows = prompt_lens.shape[0]
@@ -143,55 +150,89 @@ def _start(
         row_steps=nothing,
     )
     return prefill(
-        model, state, packed, prompt_lens, chunk=sizes.chunk, logits_processor=logits_processor
+        model,
+        state,
+        packed,
+        prompt_lens,
+        chunk=sizes.chunk,
+        logits_processor=logits_processor,
+        scrub=scrub,
     )
 
 
-@partial(jax.jit, donate_argnames=("state",), static_argnames=("logits_processor",))
+@partial(jax.jit, donate_argnames=("state",), static_argnames=("logits_processor", "scrub"))
 def _continue(
     model: Any,
     state: DecodeState,
     max_steps: jax.Array,
     *,
     logits_processor: LogitsProcessor | None,
+    scrub: bool,
 ) -> DecodeState:
     """Decode for up to ``max_steps``; the table and the pages are donated."""
-    return decode(model, state, max_steps, logits_processor=logits_processor)
+    return decode(model, state, max_steps, logits_processor=logits_processor, scrub=scrub)
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def _stop(state: DecodeState, mask: jax.Array) -> DecodeState:
+@partial(jax.jit, donate_argnames=("state",), static_argnames=("scrub",))
+def _stop(state: DecodeState, mask: jax.Array, *, scrub: bool) -> DecodeState:
     """End rows from the host side."""
-    mask = mask & (state.status == Status.RUNNING)
+    table, cache = release_rows(state.table, state.cache, mask, scrub=scrub)
     return dataclasses.replace(
         state,
-        table=release(state.table, mask),
+        table=table,
+        cache=cache,
         status=jnp.where(mask, jnp.int32(Status.STOP), state.status),
     )
 
 
 class _Reader:
-    """Turns a state's new tokens into deltas, and finds stop strings."""
+    """Turns a state's new tokens into deltas, finds stop strings, and keeps the pool's figures."""
 
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer | None, stop: Sequence[str]
-    ) -> None:
+    def __init__(self, model: Any, requests: Requests) -> None:
         self.texts = [
-            None if tokenizer is None else TextStream(tokenizer, stop, prompt) for prompt in prompts
+            None if requests.tokenizer is None else TextStream(requests.tokenizer, requests.stop, p)
+            for p in requests.prompts
         ]
-        self.read = [0] * len(prompts)
-        self.finished = [False] * len(prompts)
-
-    def met_stop_string(self) -> bool:
-        """Whether any text met one, so that its row must be ended on the device."""
-        return any(text is not None and text.stopped for text in self.texts)
-
-    def deltas(self, state: DecodeState) -> list[Delta]:
-        """What is new since the last call."""
-        status, counts, tokens, logprobs = jax.device_get(
-            (state.status, state.num_generated, state.tokens, state.logprobs)
+        self.read = [0] * len(self.texts)
+        self.finished = [False] * len(self.texts)
+        self.max_positions = model.config.max_positions
+        self.stats = PoolStats(
+            page_size=requests.sizes.page_size,
+            num_pages=requests.sizes.num_pages,
+            peak_pages=0,
+            bytes_per_page=0,
+            num_steps=0,
+            utilization=0.0,
+            naive_utilization=0.0,
         )
-        news = []
+
+    def deltas(self, state: DecodeState) -> tuple[list[Delta], np.ndarray]:
+        """What is new since the last call, and which rows bool[R] a stop string must end now."""
+        status, counts, tokens, logprobs, figures = jax.device_get(
+            (
+                state.status,
+                state.num_generated,
+                state.tokens,
+                state.logprobs,
+                (
+                    state.peak_pages,
+                    state.num_steps,
+                    state.page_steps,
+                    state.token_steps,
+                    state.row_steps,
+                ),
+            )
+        )
+        peak, steps, page_steps, token_steps, row_steps = (figure.item() for figure in figures)
+        self.stats = dataclasses.replace(
+            self.stats,
+            peak_pages=peak,
+            bytes_per_page=state.cache.bytes_per_page,
+            num_steps=steps,
+            utilization=token_steps / max(1.0, page_steps * self.stats.page_size),
+            naive_utilization=token_steps / max(1.0, row_steps * self.max_positions),
+        )
+        news, ended = [], np.zeros(status.shape, bool)
         for i, text in enumerate(self.texts):
             if self.finished[i]:
                 continue
@@ -202,6 +243,7 @@ class _Reader:
             if text is not None:
                 piece, used = text.push(new, final=reason != Status.RUNNING)
                 if text.stopped:
+                    ended[i] = reason == Status.RUNNING
                     reason = Status.STOP
             new = new[:used]
             self.finished[i] = reason != Status.RUNNING
@@ -216,107 +258,102 @@ class _Reader:
                         finish_reason=reason.name.lower() if self.finished[i] else None,
                     )
                 )
-        return news
+        return news, ended
+
+
+def _run(
+    model: Any, requests: Requests, reader: _Reader, steps_per_read: int
+) -> Generator[Delta, None, None]:
+    """Run the prompts, then so many steps at a time. The state lives here and nowhere else."""
+    if not requests.prompts:
+        return
+    loop = {"logits_processor": requests.logits_processor, "scrub": requests.scrub}
+    state = _start(
+        model,
+        requests.packed,
+        requests.prompt_lens,
+        requests.max_new_tokens,
+        requests.stop_ids,
+        requests.sampling,
+        sizes=requests.sizes,
+        **loop,
+    )
+    while True:
+        news, ended = reader.deltas(state)
+        if ended.any():
+            state = _stop(state, ended, scrub=requests.scrub)
+        yield from news
+        if all(reader.finished):
+            return
+        state = _continue(model, state, np.int32(steps_per_read), **loop)
 
 
 class Stream(Iterator[Delta]):
-    """A generation in progress: iterate for `Delta`, in prompt order within a look.
+    """A generation in progress: iterate for `Delta`, in prompt order within a read.
 
-    Nothing runs until the first ``next``. Closing or dropping it ends the generation.
+    Nothing runs until the first ``next``. The pool is freed when the stream is exhausted, closed
+    (by `close`, or by leaving a ``with`` block) or dropped.
 
     Attributes:
         prompts: the prompts' token ids.
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[Prompt], block: int, options: GenerateOptions
+        self, model: Any, prompts: Sequence[Prompt], steps_per_read: int, options: GenerateOptions
     ) -> None:
         """See `stream`."""
-        if block < 1:
-            raise ValueError(f"{block=} must be at least 1 step")
-        self._model, self._block = model, block
-        self._requests = prepare_requests(model, prompts, **options)
-        self._hook = options.get("logits_processor")
-        self.prompts = self._requests.prompts
-        self._reader = _Reader(self.prompts, options.get("tokenizer"), options.get("stop", ()))
-        self._state: DecodeState | None = None
-        self._news = self._run()
+        if integer("steps_per_read", steps_per_read) < 1:
+            raise ValueError(f"{steps_per_read=} must be at least 1")
+        requests = prepare_requests(model, prompts, **options)
+        self.prompts = requests.prompts
+        self._reader = _Reader(model, requests)
+        self._news = _run(model, requests, self._reader, steps_per_read)
 
     def __next__(self) -> Delta:
         """The next piece of news."""
         return next(self._news)
 
-    def _run(self) -> Iterator[Delta]:
-        """Run the prompts, then ``block`` steps at a time."""
-        requests, reader = self._requests, self._reader
-        if not self.prompts:
-            return
-        state = _start(
-            self._model,
-            requests.packed,
-            requests.prompt_lens,
-            requests.max_new_tokens,
-            requests.stop_ids,
-            requests.sampling,
-            sizes=requests.sizes,
-            logits_processor=self._hook,
-        )
-        while True:
-            self._state = state
-            yield from reader.deltas(state)
-            if all(reader.finished):
-                return
-            if reader.met_stop_string():
-                ended = np.zeros(requests.prompt_lens.shape, bool)
-                ended[: len(reader.finished)] = reader.finished
-                state = _stop(state, ended)
-            state = _continue(
-                self._model, state, np.int32(self._block), logits_processor=self._hook
-            )
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the generation and free its pool; iterating stops."""
+        self._news.close()
 
     def stats(self) -> PoolStats:
-        """How the pool was used so far."""
-        sizes, state = self._requests.sizes, self._state
-        if state is None:
-            peak = steps = bytes_per_page = 0
-            pages = tokens = rows = 0.0
-        else:
-            peak, steps = int(state.peak_pages), int(state.num_steps)
-            bytes_per_page = state.cache.bytes_per_page
-            pages, tokens = float(state.page_steps), float(state.token_steps)
-            rows = float(state.row_steps)
-        return PoolStats(
-            page_size=sizes.page_size,
-            num_pages=sizes.num_pages,
-            peak_pages=peak,
-            bytes_per_page=bytes_per_page,
-            num_steps=steps,
-            utilization=tokens / max(1.0, pages * sizes.page_size),
-            naive_utilization=tokens / max(1.0, rows * self._model.config.max_positions),
-        )
+        """How the pool was used so far, also after the end."""
+        return self._reader.stats
 
 
 def stream(
-    model: Any, prompts: Sequence[Prompt], *, block: int = 1, **options: Unpack[GenerateOptions]
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    steps_per_read: int = 1,
+    **options: Unpack[GenerateOptions],
 ) -> Stream:
     """Generate, handing over tokens and text as they come.
 
-    The same compiled step as `generate`; the host looks after every ``block`` decode steps.
+    The same compiled step as `generate`, for so many steps at a time.
 
     Args:
         model: a `paxattn.models.Decoder`, or any `decode_step.LanguageModel` with a ``config`` that
             has ``vocab_size`` and ``max_positions``.
         prompts: texts (with ``tokenizer=``) or sequences of token ids.
-        block: decode steps between looks, at least 1.
+        steps_per_read: decode steps between two reads of what they gave, at least 1.
         **options: see `GenerateOptions`.
 
     Returns:
         An iterator of `Delta`; the last one of each prompt has a finish reason.
 
     Raises:
+        TypeError: an argument has a wrong type.
         ValueError: a request is malformed; names it, the figures and the remedy.
     """
-    return Stream(model, prompts, block, options)
+    return Stream(model, prompts, steps_per_read, options)
 
 
 def generate(
@@ -334,6 +371,7 @@ def generate(
         **options: see `GenerateOptions`.
 
     Raises:
+        TypeError: an argument has a wrong type.
         ValueError: a request is malformed; names it, the figures and the remedy.
 
     Example:
@@ -348,8 +386,7 @@ def generate(
         >>> print(out.completions[0].text)
     """
     # Without stop strings the host has nothing to look for before all rows have ended.
-    block = _STOP_STRING_BLOCK if options.get("stop") else _NO_LIMIT
-    news = Stream(model, prompts, block, options)
+    news = Stream(model, prompts, _STEPS_PER_READ if options.get("stop") else _NO_LIMIT, options)
     deltas: list[list[Delta]] = [[] for _ in news.prompts]
     for delta in news:
         deltas[delta.index].append(delta)

@@ -127,29 +127,8 @@ def plan(
       ValueError: a size is out of range, or not even one typical sequence fits; it names the
         figures and what to change.
     """
-    for name, size, least in (
-        ("memory_bytes", memory_bytes, 1),
-        ("max_len", max_len, 1),
-        ("mean_len", mean_len, 1),
-        ("page_size", page_size, 1),
-        ("weight_bytes", weight_bytes, 0),
-        ("shared_prefix", shared_prefix, 0),
-    ):
-        _at_least(least, name, size)
-    if page_size > 256:
-        raise ValueError(f"{page_size=} must be between 1 and 256")
-    if mean_len > max_len:
-        raise ValueError(f"{mean_len=} is above {max_len=}: raise max_len or lower mean_len")
-    if shared_prefix > mean_len:
-        raise ValueError(
-            f"{shared_prefix=} is above {mean_len=}, which includes it: raise mean_len"
-        )
-    room = memory_bytes - weight_bytes
-    if room <= 0:
-        raise ValueError(
-            f"{weight_bytes=} leaves nothing of {memory_bytes=} for the cache: use a larger"
-            " device or a smaller weight dtype"
-        )
+    _check_lengths(max_len, mean_len, page_size, shared_prefix)
+    room = _room(memory_bytes, weight_bytes)
     token = bytes_per_token(
         num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
     )
@@ -199,6 +178,33 @@ def plan(
         utilization_paged=stored / (used * page_size),
         utilization_naive=mean_len / max_len,
     )
+
+
+def _room(memory_bytes: int, weight_bytes: int) -> int:
+    """Bytes that the weights leave."""
+    _at_least(1, "memory_bytes", memory_bytes)
+    _at_least(0, "weight_bytes", weight_bytes)
+    if weight_bytes >= memory_bytes:
+        raise ValueError(
+            f"{weight_bytes=} leaves nothing of {memory_bytes=} for the cache: use a larger"
+            " device or a smaller weight dtype"
+        )
+    return memory_bytes - weight_bytes
+
+
+def _check_lengths(max_len: int, mean_len: int, page_size: int, shared_prefix: int) -> None:
+    _at_least(1, "max_len", max_len)
+    _at_least(1, "mean_len", mean_len)
+    _at_least(1, "page_size", page_size)
+    _at_least(0, "shared_prefix", shared_prefix)
+    if page_size > 256:
+        raise ValueError(f"{page_size=} must be between 1 and 256")
+    if mean_len > max_len:
+        raise ValueError(f"{mean_len=} is above {max_len=}: raise max_len or lower mean_len")
+    if shared_prefix > mean_len:
+        raise ValueError(
+            f"{shared_prefix=} is above {mean_len=}, which includes it: raise mean_len"
+        )
 
 
 def _at_least(least: int, name: str, value: int) -> None:

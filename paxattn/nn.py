@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from paxattn import kv_cache
 from paxattn.attention import paged_attention
 from paxattn.kv_cache import KVCache
-from paxattn.ragged import RaggedBatch
+from paxattn.ragged import RaggedBatch, check_same_pool
 from paxattn.rope import Rope
 
 
@@ -48,7 +48,11 @@ def attend(
     Returns:
         (``[T, num_q_heads, head_dim]`` in q's dtype, the cache with the new tokens in it). Padding
         tokens give zeros and write nothing.
+
+    Raises:
+        ValueError: the cache and the batch's table differ in pages or page size.
     """
+    check_same_pool(cache, batch)
     cache = kv_cache.write(cache, layer, batch.slots, k, v)
     out = paged_attention(
         q,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, slot_mapping, token_rows
 
 
@@ -22,13 +23,16 @@ class RaggedBatch:
 
     Attributes:
         block_tables: i32[R, M], the table's.
-        kv_lens: i32[R], tokens per row *including* this step's.
+        kv_lens: i32[R], tokens per row *including* those that this step stores.
         cu_q_lens: i32[R + 1], prefix sum of the rows' new tokens: row ``r`` owns the packed tokens
             ``cu_q_lens[r]:cu_q_lens[r + 1]``; tokens from ``cu_q_lens[R]`` on are padding.
         rows: i32[T], the row of each token (R, out of range, for padding).
         positions: i32[T], the place of each token in its sequence (0 for padding).
-        slots: i32[T], where each token's K and V are written; out of range for padding.
+        slots: i32[T], where each token's K and V are written; out of range for tokens that are not
+            stored.
         max_q_len: static upper bound of a row's new tokens; 1 means a decode step.
+        num_pages: static, the table's pages.
+        page_size: static, its tokens per page.
     """
 
     block_tables: jax.Array
@@ -38,10 +42,17 @@ class RaggedBatch:
     positions: jax.Array
     slots: jax.Array
     max_q_len: int = field(metadata={"static": True})
+    num_pages: int = field(metadata={"static": True})
+    page_size: int = field(metadata={"static": True})
 
 
 def ragged_batch(
-    table: PageTable, q_lens: jax.Array, *, num_tokens: int, max_q_len: int | None = None
+    table: PageTable,
+    q_lens: jax.Array,
+    *,
+    num_tokens: int,
+    max_q_len: int | None = None,
+    live: jax.Array | None = None,
 ) -> RaggedBatch:
     """Describe a step that adds ``q_lens[r]`` tokens to row ``r``.
 
@@ -52,6 +63,8 @@ def ragged_batch(
         q_lens: i32[R], new tokens per row; their sum must not exceed ``num_tokens``.
         num_tokens: static number of packed tokens T, padding included.
         max_q_len: static upper bound of ``q_lens``; ``num_tokens`` by default.
+        live: bool[R], rows whose tokens are stored, such as those for which `page_table.reserve`
+            found room; all by default. Tokens of the others are computed, and mean nothing.
 
     Raises:
         ValueError: ``max_q_len`` is not in ``1..num_tokens``.
@@ -60,13 +73,34 @@ def ragged_batch(
     if not 1 <= max_q_len <= num_tokens:
         raise ValueError(f"{max_q_len=} must be between 1 and {num_tokens=}")
     rows, offsets, active = token_rows(q_lens, num_tokens)
+    slots = slot_mapping(table, q_lens, num_tokens)
+    stored = q_lens
+    if live is not None:
+        stored = jnp.where(live, q_lens, 0)
+        outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=slots.dtype)
+        slots = jnp.where(live[rows], slots, outside)
     first = jnp.zeros_like(q_lens, shape=(1,))
     return RaggedBatch(
         block_tables=table.block_tables,
-        kv_lens=table.kv_lens + q_lens,
+        kv_lens=table.kv_lens + stored,
         cu_q_lens=jnp.concatenate([first, jnp.cumsum(q_lens, dtype=q_lens.dtype)]),
         rows=rows,
         positions=jnp.where(active, table.kv_lens[rows] + offsets, 0),
-        slots=slot_mapping(table, q_lens, num_tokens),
+        slots=slots,
         max_q_len=max_q_len,
+        num_pages=table.num_pages,
+        page_size=table.page_size,
     )
+
+
+def check_same_pool(cache: KVCache, pages: PageTable | RaggedBatch) -> None:
+    """Check that a cache was made with the sizes of the table that tells its pages.
+
+    Raises:
+        ValueError: it was not; names the sizes.
+    """
+    if (cache.num_pages, cache.page_size) != (pages.num_pages, pages.page_size):
+        raise ValueError(
+            f"the cache has {cache.num_pages} pages of {cache.page_size} tokens, the page table "
+            f"{pages.num_pages} of {pages.page_size}: make both with the same sizes"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypedDict
@@ -29,17 +29,20 @@ class GenerateOptions(TypedDict, total=False):
         prefill_chunk: prompt tokens per prefill step; 512 by default.
         logits_processor: traceable ``(logits f32[R, V], num_generated i32[R]) -> logits``; a
             different function object compiles anew.
+        scrub: zero the pages that finished requests give back before others can take them, for
+            tenants who must not trust masks alone; off by default.
     """
 
     tokenizer: Tokenizer | None
     max_new_tokens: int | Sequence[int]
     sampling: SamplingParams | Sequence[SamplingParams]
     stop_token_ids: Sequence[int]
-    stop: Sequence[str]
+    stop: Sequence[str] | None
     page_size: int
     num_pages: int | None
     prefill_chunk: int
     logits_processor: LogitsProcessor | None
+    scrub: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,10 @@ class Requests:
     stop_ids: np.ndarray
     sampling: RowSampling
     sizes: Sizes
+    tokenizer: Tokenizer | None
+    stop: Sequence[str]
+    logits_processor: LogitsProcessor | None
+    scrub: bool
 
 
 def _bucket(n: int, smallest: int = 1) -> int:
@@ -83,9 +90,9 @@ def _tokenize(
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError(f"prompt {i} is text: pass tokenizer=, or token ids instead")
-            ids.append(tokenizer.encode(prompt).ids)
+            ids.append(tokenizer.encode(_whole_text(f"prompt {i}", prompt)).ids)
         else:
-            ids.append([_integer(f"a token of prompt {i}", token) for token in prompt])
+            ids.append(_integers(f"prompt {i}", prompt))
         if not ids[i]:
             raise ValueError(f"prompt {i} has no tokens: a model needs at least one to start from")
         wrong = [token for token in ids[i] if not 0 <= token < vocab]
@@ -96,23 +103,52 @@ def _tokenize(
     return ids
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     """A whole number, of Python's or numpy's; never a rounded one."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}: must be an integer")
     return int(value)
 
 
-def _per_prompt(name: str, value: Any, kind: type, count: int) -> list[Any]:
+def _integers(name: str, values: Any) -> list[int]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {values!r}: must be a sequence of token ids")
+    return [integer(f"a token of {name}", value) for value in values]
+
+
+def _whole_text(name: str, text: str) -> str:
+    """The text, unless it has half characters: bytes that were no UTF-8 when Python read them."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"{name} is {text!r}: no valid text; decode its bytes as what they are")
+    return text
+
+
+def _per_prompt(name: str, value: Any, kind: type, kind_name: str, count: int) -> list[Any]:
     """One value for all prompts, or a sequence with one for each."""
     if isinstance(value, kind):
         return [value] * count
     if not isinstance(value, Sequence) or not all(isinstance(one, kind) for one in value):
-        raise TypeError(f"{name}={value!r} must be {kind.__name__}, or one for each prompt")
+        raise TypeError(f"{name}={value!r} must be {kind_name}, or one for each prompt")
     values = list(value)
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
     return values
+
+
+def _stop_strings(stop: Any, tokenizer: Tokenizer | None) -> Sequence[str]:
+    if stop is None:
+        return ()
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise TypeError(f"{stop=} must be a list of strings")
+    for one in stop:
+        if not isinstance(one, str):
+            raise TypeError(f"{stop=} has {one!r}: must be a list of strings")
+        if not one:
+            raise ValueError(f"{stop=} must be a list of non-empty strings")
+        _whole_text("a stop string", one)
+    if stop and tokenizer is None:
+        raise ValueError(f"{stop=} needs tokenizer= to turn tokens into text")
+    return stop
 
 
 def prepare_requests(
@@ -123,19 +159,26 @@ def prepare_requests(
     max_new_tokens: int | Sequence[int] = 128,
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
     stop_token_ids: Sequence[int] = (),
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = None,
     page_size: int = 16,
     num_pages: int | None = None,
     prefill_chunk: int = 512,
     logits_processor: LogitsProcessor | None = None,
+    scrub: bool = False,
 ) -> Requests:
     """Check the requests and round their shapes up to buckets."""
     config = model.config
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}: must be a tokenizers.Tokenizer, such as a "
+            "checkpoint's tokenizer (of one of transformers: its backend_tokenizer)"
+        )
+    stop = _stop_strings(stop, tokenizer)
     ids = _tokenize(prompts, tokenizer, config.vocab_size)
-    new = _per_prompt("max_new_tokens", max_new_tokens, Integral, len(ids))
-    params = _per_prompt("sampling", sampling, SamplingParams, len(ids))
+    new = _per_prompt("max_new_tokens", max_new_tokens, Integral, "an integer", len(ids))
+    params = _per_prompt("sampling", sampling, SamplingParams, "a SamplingParams", len(ids))
     for i, (prompt, n) in enumerate(zip(ids, new, strict=True)):
-        if _integer(f"max_new_tokens of prompt {i}", n) < 0:
+        if integer(f"max_new_tokens of prompt {i}", n) < 0:
             raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
         if len(prompt) + n > config.max_positions:
             raise ValueError(
@@ -143,12 +186,12 @@ def prepare_requests(
                 f"model's {config.max_positions} positions; shorten the one or lower the other"
             )
     for name, value in (("prefill_chunk", prefill_chunk), ("page_size", page_size)):
-        _integer(name, value)
-    if num_pages is not None and _integer("num_pages", num_pages) < 1:
+        integer(name, value)
+    if num_pages is not None and integer("num_pages", num_pages) < 1:
         raise ValueError(f"{num_pages=} must be at least 1")
     if not 1 <= page_size <= 256:
         raise ValueError(f"{page_size=} must be between 1 and 256 tokens")
-    stop_token_ids = [_integer("a stop token id", token) for token in stop_token_ids]
+    stop_token_ids = _integers("stop_token_ids", stop_token_ids)
     unknown = [token for token in stop_token_ids if not 0 <= token < config.vocab_size]
     if unknown:
         raise ValueError(
@@ -156,11 +199,6 @@ def prepare_requests(
         )
     if prefill_chunk < 1:
         raise ValueError(f"{prefill_chunk=} must be at least 1 token")
-
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"{stop=} must be a list of non-empty strings")
-    if stop and tokenizer is None:
-        raise ValueError(f"{stop=} needs tokenizer= to turn tokens into text")
 
     num_rows = _bucket(len(ids))
     total = _bucket(sum(map(len, ids)), 16)
@@ -178,7 +216,7 @@ def prepare_requests(
     flat = [token for prompt in ids for token in prompt]
     packed[: len(flat)] = flat
     stop_ids = np.full((num_rows, _bucket(len(stop_token_ids), 8)), -1, np.int32)
-    stop_ids[:, : len(stop_token_ids)] = list(stop_token_ids)
+    stop_ids[:, : len(stop_token_ids)] = stop_token_ids
     spare = (0, num_rows - len(ids))
     return Requests(
         prompts=ids,
@@ -188,4 +226,8 @@ def prepare_requests(
         stop_ids=stop_ids,
         sampling=row_sampling(params, num_rows),
         sizes=sizes,
+        tokenizer=tokenizer,
+        stop=stop,
+        logits_processor=logits_processor,
+        scrub=bool(scrub),
     )

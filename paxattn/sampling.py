@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+_LIMITS = np.finfo(np.float32)
+# What can be divided by: beyond, a float32 or its reciprocal (XLA may multiply by it) is subnormal,
+# and so taken for 0, or infinite.
+_SMALLEST, _LARGEST = float(_LIMITS.tiny), 1 / float(_LIMITS.tiny)
 
 LogitsProcessor = Callable[[jax.Array, jax.Array], jax.Array]
 """``(logits f32[R, V], num_generated i32[R]) -> f32[R, V]``, traceable; runs before the rest."""
@@ -47,25 +53,32 @@ class SamplingParams:
         """Check the ranges.
 
         Raises:
-            ValueError: a value is outside its range; names it and the range.
+            TypeError: a value is not a number, or not a whole one where it must be.
+            ValueError: a value is outside its range; both name it and the range.
         """
-        limits = {
-            "temperature": (0.0 <= self.temperature < float("inf"), "a number >= 0"),
-            "top_k": (
-                isinstance(self.top_k, Integral) and 0 <= self.top_k < 2**31,
-                "an integer >= 0",
+        normal = f"in {_SMALLEST:.3g}..{_LARGEST:.3g}"
+        ranges: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+            "temperature": (
+                Real,
+                lambda x: x == 0 or _SMALLEST <= x <= _LARGEST,
+                f"0 or a number {normal}",
             ),
-            "top_p": (0.0 < self.top_p <= 1.0, "in (0, 1]"),
-            "min_p": (0.0 <= self.min_p <= 1.0, "in [0, 1]"),
-            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "a number > 0"),
-            "seed": (
-                isinstance(self.seed, Integral) and 0 <= self.seed < 2**32,
-                "an integer in 0..2**32-1",
+            "top_k": (Integral, lambda x: 0 <= x < 2**31, "an integer in 0..2**31-1"),
+            "top_p": (Real, lambda x: 0 < x <= 1, "a number in (0, 1]"),
+            "min_p": (Real, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+            "repetition_penalty": (
+                Real,
+                lambda x: _SMALLEST <= x <= _LARGEST,
+                f"a number {normal}",
             ),
+            "seed": (Integral, lambda x: 0 <= x < 2**32, "an integer in 0..2**32-1"),
         }
-        for name, (ok, wanted) in limits.items():
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}")
+        for name, (kind, inside, wanted) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{name}={value!r} must be {wanted}")
+            if not inside(value):
+                raise ValueError(f"{name}={value!r} must be {wanted}")
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +114,7 @@ def row_sampling(params: Sequence[SamplingParams], num_rows: int) -> RowSampling
         num_rows: R.
 
     Raises:
+        TypeError: a parameter is not a number.
         ValueError: a parameter is out of range, or there are more requests than rows.
     """
     if len(params) > num_rows:
@@ -219,7 +233,10 @@ def sample(
 
     def draw(chosen: jax.Array) -> jax.Array:
         greedy = params.temperature == 0.0
-        scaled = chosen / jnp.where(greedy, 1.0, params.temperature)[:, None]
+        # Below the maximum, so that what overflows is what has no chance (and inf - inf is NaN).
+        finite = jnp.minimum(chosen, _LIMITS.max)
+        below = finite - jnp.maximum(jnp.max(finite, axis=-1, keepdims=True), _LIMITS.min)
+        scaled = below / jnp.where(greedy, 1.0, params.temperature)[:, None]
         filtered = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
         scaled = lax.cond(
             jnp.any(filtered & ~greedy), lambda x: _filter(x, params), lambda x: x, scaled
@@ -235,5 +252,5 @@ def sample(
     tokens = lax.cond(
         jnp.any(params.temperature > 0.0), draw, lambda x: jnp.argmax(x, axis=-1), chosen
     ).astype(jnp.int32)
-    own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, own - jax.nn.logsumexp(logits, axis=-1)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)
+    return tokens, logprobs[:, 0]

@@ -444,6 +444,14 @@ def test_tokenizer(directory):
     tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.save(str(directory / "tokenizer.json"))
     assert load(directory).tokenizer.encode("b").ids == [1]
+    vocab_size = load(directory).config.vocab_size
+    tokenizer.add_tokens([f"t{i}" for i in range(2, vocab_size + 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    with fails(
+        f"tokenizer.json: has token ids up to {vocab_size} ('t{vocab_size}'), but config.json says "
+        f"vocab_size={vocab_size}; use the tokenizer that this model was trained with"
+    ):
+        load(directory)
     (directory / "tokenizer.json").write_text('{"model": 3}')
     with fails("tokenizer.json: not a tokenizer ("):
         load(directory)

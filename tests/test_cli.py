@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from paxattn import cli
+from paxattn import cli, display
 from paxattn.models import bundled
 
 
@@ -36,20 +36,121 @@ def in_process(*args, stdin=None, monkeypatch=None, capfd=None):
     return code, out, err
 
 
-def test_generate_from_standard_input_and_a_closed_pipe():
+def test_generate_from_standard_input():
     out = run("generate", "-n", "8", "--page-size", "8", stdin="def f(x):\nclass A:\n\n")
     assert out.returncode == 0, out.stderr
     assert "=== 1: def f(x):" in out.stdout
     assert "=== 2: class A:" in out.stdout
     for word in ("tokens/s", "pages", "utilization", "ended by"):
         assert word in out.stderr
-    # A reader that goes away is no error.
-    script = f'"{sys.executable}" -m paxattn generate -n 8 --page-size 8 -p a -p b | true'
-    piped = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, timeout=240
+
+
+PLAN = ("plan", "--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--memory", "1GB")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("generate", "-q", "-n", "8", "--page-size", "8", "-p", "a", "-p", "b"), PLAN, ("doctor",)],
+    ids=lambda args: args[0],
+)
+def test_a_reader_that_goes_away_is_no_error(args):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "paxattn", *args]
+    out = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=240, check=False
     )
-    assert piped.returncode == 0, piped.stderr
-    assert "Traceback" not in piped.stderr
+    os.close(write)
+    assert (out.returncode, out.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "error"),
+    [
+        ("generate <&-", 2, "paxattn: error: no prompt: the input is empty"),
+        ("generate --prompt-file - <&-", 2, "paxattn: error: no prompt: the input is empty"),
+        (" ".join(PLAN) + " >&- <&-", 0, ""),
+        ("generate -q -n 8 --page-size 8 -p a -p b >&-", 0, ""),
+        ("doctor 2>&- >&-", 0, ""),
+    ],
+)
+def test_closed_standard_streams(command, code, error):
+    out = subprocess.run(
+        ["bash", "-c", f'"$0" -m paxattn {command}', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert out.returncode == code, out.stderr
+    assert out.stdout == ""
+    assert out.stderr.startswith(error)
+    assert len(out.stderr.splitlines()) == bool(error)
+
+
+@pytest.mark.parametrize("command", ["doctor", "generate -p x"])
+def test_a_platform_that_is_not_there(command):
+    out = run(*command.split(), JAX_PLATFORMS="cuda")
+    if out.returncode == 0:
+        pytest.skip("this machine has it")
+    assert out.returncode == 1
+    assert out.stderr.startswith("paxattn: error: JAX found no device: ")
+    assert len(out.stderr.splitlines()) == 1
+
+
+def test_seeds_wrap_and_prompts_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch, capfd):
+    path = tmp_path / "prompts"
+    path.write_bytes("\ufeffdef f(x):\nclass A:\n".encode())
+    asked = []
+    real = cli.stream
+    monkeypatch.setattr(
+        cli,
+        "stream",
+        lambda *args, **options: asked.append((args, options)) or real(*args, **options),
+    )
+    args = ("generate", "-q", "-n", "8", "--page-size", "8", "--prompt-file", str(path))
+    code, out, err = in_process(
+        *args, "--seed", str(2**32 - 1), monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("=== 1: def f(x):\n")
+    (_, texts), options = asked[0]
+    assert texts == ["def f(x):", "class A:"]
+    assert [params.seed for params in options["sampling"]] == [2**32 - 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("9007199254740993", 2**53 + 1),
+        ("1.1GB", 1_100_000_000),
+        ("0.3KiB", 307),
+        ("2.5 TiB", 5 * 2**39),
+        ("9223372036854775807B", 2**63 - 1),
+    ],
+)
+def test_sizes_are_exact(size, expected):
+    assert cli._Bytes().convert(size, None, None) == expected
+
+
+def test_speed_counts_the_tokens_of_a_time_and_no_others(monkeypatch):
+    clock = []
+    monkeypatch.setattr(display.time, "perf_counter", lambda: clock[-1])
+    clock.append(0.0)
+    report = display.Report(3)
+    # The prompts at 5 s, a first read of decode steps (compiled meanwhile) at 9 s, two more.
+    reads = [(5.0, [1, 1, 1]), (9.0, [2, 2, 2]), (10.0, [2, 0, 2]), (11.0, [None, None, 1])]
+    for when, counts in reads:
+        clock.append(when)
+        for index, count in enumerate(counts):
+            if count is not None:
+                report.add(index, count, None)
+    assert [when for when, _ in report.reads] == [5.0, 9.0, 10.0, 11.0]
+    assert report.decoded() == (5, 2.0)
+    short = display.Report(1)
+    short.add(0, 1, None)
+    short.add(0, 2, "length")
+    assert short.decoded() == (0, 0.0)
 
 
 def test_quiet_prints_only_the_text(monkeypatch, capfd):
@@ -81,16 +182,43 @@ def test_doctor(monkeypatch, capfd):
         assert word in out
 
 
+def test_plan(monkeypatch, capfd):
+    args = (*PLAN, "--dtype", "float16", "--max-len", "1024")
+    code, out, err = in_process(*args, monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "KV per token 1,024 bytes (float16)" in lines
+    assert "sequences 256 tokens each, at most 1,024" in lines
+    assert "1,024 reserved for each 953 25.0%" in lines  # 10**9 // (1,024 * 1,024)
+
+
 @pytest.mark.parametrize("command", ["generate", "plan", "doctor"])
 def test_help(command):
     result = CliRunner().invoke(cli.cli, [command, "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+    assert "\\b" not in result.output
+    if command == "plan":
+        words = " ".join(result.output.split())
+        assert "[default: a quarter of --max-len]" in words
+        assert "[default: the model's positions, or 2048]" in words
+    if command != "doctor":  # examples, a line each
+        assert f"\n    paxattn {command} -" in result.output
 
 
 BAD = [
-    (["generate", "-p", "x", "--top-p", "2"], "top_p=2.0 must be in (0, 1]"),
-    (["generate", "-p", "x", "-t", "-1"], "temperature=-1.0 must be a number >= 0"),
+    (["generate", "-p", "x", "--top-p", "2"], "top_p=2.0 must be a number in (0, 1]"),
+    (["generate", "-p", "x", "-t", "-1"], "temperature=-1.0 must be 0 or a number in 1.18e-38.."),
+    (["generate", "-p", "x", "-m", ""], "'--model' / '-m': is empty"),
+    (["generate", "-p", "x", "--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
+    (["generate", "-p", "\udcff"], "prompt 0 is '\\udcff': no valid text"),
+    (["plan", "-m", ""], "'--model' / '-m': is empty"),
+    ([*PLAN, "--model", "x"], "--model and --layers both tell the shapes: pass one of them"),
+    (["plan", "-m", "x", "--head-dim", "8"], "--model and --head-dim both tell the shapes"),
+    ([*PLAN, "--memory", "8388608TiB"], "8388608TiB is more than any device has"),
+    ([*PLAN, "--memory", "9" * 5000], "is not a size such as 24GiB"),
+    ([*PLAN, "--memory", "1e9"], "'1e9' is not a size such as 24GiB"),
+    (["plan"], "pass --model, or all of --layers, --kv-heads and --head-dim"),
     (["generate", "-p", "x", "--page-size", "0"], "0 is not in the range 1<=x<=256"),
     (["generate", "-p", "x", "-n", "5000"], "more than the model's 2048 positions"),
     (["generate", "-p", ""], "prompt 0 is empty"),

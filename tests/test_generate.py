@@ -1,5 +1,7 @@
 """Generation end to end on a tiny random decoder: batches, buckets, stops, pressure, poison."""
 
+import dataclasses
+import sys
 from functools import partial
 
 import jax
@@ -8,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_steps import teacher_forced
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from paxattn import page_table
-from paxattn.generate import Stream, _continue, _start, generate, stream
+from paxattn.generate import _continue, _start, generate, stream
 from paxattn.kv_cache import KVCache
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.requests import prepare_requests
@@ -52,6 +55,18 @@ def byte_tokenizer():
 TOKENIZER = byte_tokenizer()
 
 
+def watch(monkeypatch, look):
+    """Have ``look`` see, or replace, every state that the loop gets back from the device."""
+    module = sys.modules["paxattn.generate"]
+
+    def spied(run, *args, **options):
+        state = run(*args, **options)
+        return look(state) or state
+
+    for name in ("_start", "_continue", "_stop"):
+        monkeypatch.setattr(module, name, partial(spied, getattr(module, name)))
+
+
 @pytest.fixture(scope="module")
 def greedy():
     return generate(MODEL, PROMPTS, **SHAPE)
@@ -74,8 +89,8 @@ def test_batch_equals_one_at_a_time(sampled):
 
 
 def test_stream_is_generate(sampled):
-    for block in (1, 5):
-        running = stream(MODEL, PROMPTS, block=block, sampling=SAMPLING, **SHAPE)
+    for steps in (1, 5):
+        running = stream(MODEL, PROMPTS, steps_per_read=steps, sampling=SAMPLING, **SHAPE)
         got = [[] for _ in PROMPTS]
         ended = {}
         for delta in running:
@@ -100,15 +115,15 @@ def test_page_size_does_not_matter(sampled, page_size):
 
 
 def test_logprobs_are_those_of_the_sequence(sampled):
-    # Feed one completion back, longer each time: greedy's first logprob is the largest of the
-    # distribution that the sampled token came from.
-    one = sampled.completions[1]
-    cuts = (0, 4, 10, 11)
-    best = generate(MODEL, [one.prompt_tokens + one.tokens[:i] for i in cuts], **SHAPE).completions
-    for i, completion in zip(cuts, best, strict=True):
-        assert one.logprobs[i] <= completion.logprobs[0] + 1e-5
-        if one.tokens[i] == completion.tokens[0]:
-            np.testing.assert_allclose(one.logprobs[i], completion.logprobs[0], atol=1e-5)
+    tokens = np.array(tokens_of(sampled))
+    prefill, decoded, _ = teacher_forced(MODEL, PROMPTS, tokens[:, :-1])
+    first = prefill[np.cumsum([len(prompt) for prompt in PROMPTS]) - 1]
+    expected = jax.nn.log_softmax(np.concatenate([first[None], decoded]).swapaxes(0, 1))
+    found = [completion.logprobs for completion in sampled.completions]
+    np.testing.assert_allclose(
+        found, np.take_along_axis(np.asarray(expected), tokens[..., None], 2)[..., 0], atol=1e-5
+    )
+    assert (tokens != np.argmax(expected, axis=-1)).any()
 
 
 class Poisoned(Decoder):
@@ -125,15 +140,96 @@ def test_a_poisoned_pool_changes_no_bit(sampled):
     assert poisoned == sampled
 
 
-def test_all_pages_come_back():
-    running = Stream(MODEL, PROMPTS, 3, SHAPE)
+def test_a_poisoned_rest_of_the_pool_changes_no_bit_at_any_step(monkeypatch):
+    # 10 pages: rows end for want of pages, and what they give back is used by the others.
+    tight = {**SHAPE, "num_pages": 10}
+    expected = generate(MODEL, PROMPTS, **tight)
+    free, reused = set(), set()
+
+    def poison(state):
+        owned = np.zeros((10, 4), bool)
+        for pages, length in zip(state.table.block_tables, state.table.kv_lens, strict=True):
+            for token in range(int(length)):
+                owned[pages[token // 4], token % 4] = True
+        held = set(np.flatnonzero(owned.any(axis=1)).tolist())
+        reused.update(free & held)
+        free.update(set(range(10)) - held if state.num_generated.any() else ())
+        owned = owned[None, :, None, :, None]
+        cache = KVCache(
+            k_pages=jnp.where(owned, state.cache.k_pages, jnp.nan),
+            v_pages=jnp.where(owned, state.cache.v_pages, jnp.nan),
+        )
+        return dataclasses.replace(state, cache=cache)
+
+    watch(monkeypatch, poison)
+    tokens = [[] for _ in PROMPTS]
+    for delta in stream(MODEL, PROMPTS, **tight):
+        tokens[delta.index] += delta.tokens
+    assert tokens == tokens_of(expected)
+    assert reused
+
+
+def test_all_pages_come_back(monkeypatch):
     held = []
-    for _ in running:
-        table = running._state.table
-        page_table.check_invariants(table)
-        held.append(48 - int(table.num_free))
+
+    def look(state):
+        page_table.check_invariants(state.table)
+        held.append(48 - int(state.table.num_free))
+
+    watch(monkeypatch, look)
+    list(stream(MODEL, PROMPTS, steps_per_read=3, **SHAPE))
     assert max(held) > 0
     assert held[-1] == 0
+
+
+def test_scrub_zeroes_all_that_is_given_back(monkeypatch):
+    texts = ["héllo", "x", "def f(x):", "import os"]
+    options = {
+        **SHAPE,
+        "tokenizer": TOKENIZER,
+        "sampling": SAMPLING,
+        "max_new_tokens": [12, 3, 9, 12],
+    }
+    plain = generate(MODEL, texts, **options).completions
+    options["stop"] = [plain[0].text[:2]]  # so that one row is ended from the host
+    plain = generate(MODEL, texts, **options).completions
+    left = []
+
+    def look(state):
+        free = np.asarray(state.table.free_pages[: int(state.table.num_free)])
+        for pages in (state.cache.k_pages, state.cache.v_pages):
+            left.append(np.count_nonzero(np.asarray(pages)[:, free]))
+        left.append(len(free))
+
+    watch(monkeypatch, look)
+    assert generate(MODEL, texts, scrub=True, **options).completions == plain
+    assert [completion.finish_reason for completion in plain].count("stop") >= 1
+    assert left[-1] == 48
+    assert not any(left[0::3] + left[1::3])
+    left.clear()
+    generate(MODEL, texts, **options)
+    assert all(left[-3:])
+
+
+def test_the_pool_is_freed_at_the_end_by_closing_and_by_dropping(greedy):
+    def pools():
+        return sum(x.shape == (2, 48, 2, 4, 8) for x in jax.live_arrays())
+
+    with stream(MODEL, PROMPTS, **SHAPE) as running:
+        assert next(running).tokens == tokens_of(greedy)[0][:1]
+        assert pools() == 2
+    assert pools() == 0
+    assert list(running) == []
+    assert running.stats().num_steps == 1
+    running.close()
+    done = stream(MODEL, PROMPTS, **SHAPE)
+    assert len(list(done)) > 4
+    assert pools() == 0
+    assert done.stats() == greedy.stats
+    dropped = stream(MODEL, PROMPTS, **SHAPE)
+    next(dropped)
+    del dropped
+    assert pools() == 0
 
 
 def test_out_of_pages_ends_only_those_affected(greedy):
@@ -152,8 +248,21 @@ def test_a_prompt_larger_than_the_pool_takes_nothing_from_the_others(greedy):
     small = generate(MODEL, [PROMPTS[i] for i in order], **{**SHAPE, "num_pages": 3})
     assert small.completions[0].finish_reason == "out_of_pages"
     assert small.completions[0].tokens == []
-    # The next in order (5 tokens, two pages) runs as long as three pages let it.
-    assert small.completions[1].tokens == tokens_of(greedy)[0][:8]
+    # Of the others the 5 and the 1 fit. They take three pages, and the 9 find none left; then the
+    # row that was 5 long is the first to need another page, which lets the last run to its end.
+    for completion, i in zip(small.completions, order, strict=True):
+        assert completion.tokens == tokens_of(greedy)[i][: {3: 0, 0: 4, 2: 0, 1: 12}[i]]
+    assert small.completions[3].finish_reason == "length"
+
+
+def test_prefill_tries_again_until_no_row_waits():
+    # The first takes all three pages. The others end one after the other, each in a step of its
+    # own; then the first goes on to the end of its third page.
+    prompts = [RNG.integers(0, V, n).tolist() for n in (9, 8, 8, 1)]
+    full = generate(MODEL, prompts, **{**SHAPE, "num_pages": 3})
+    assert [len(completion.tokens) for completion in full.completions] == [4, 0, 0, 0]
+    assert {completion.finish_reason for completion in full.completions} == {"out_of_pages"}
+    assert full.stats.num_steps == 3 + 4
 
 
 def test_a_row_that_fails_in_the_middle_of_its_prompt_disturbs_nobody(greedy):
@@ -207,10 +316,17 @@ def test_text_in_text_out_and_stop_strings():
         assert completion.tokens == whole.tokens[: len(completion.tokens)]
         assert len(completion.logprobs) == len(completion.tokens)
         assert TOKENIZER.decode(completion.tokens).startswith(completion.text)
-    pieces = [""] * 4
-    for delta in stream(MODEL, texts, stop=[middle], **options):
-        pieces[delta.index] += delta.text
-    assert pieces == expected
+    for steps in (1, 3):
+        got = [([], [], "", [])] * 4
+        for delta in stream(MODEL, texts, stop=[middle], steps_per_read=steps, **options):
+            tokens, logprobs, text, reasons = got[delta.index]
+            got[delta.index] = (
+                tokens + delta.tokens,
+                logprobs + delta.logprobs,
+                text + delta.text,
+                reasons + [delta.finish_reason] * (delta.finish_reason is not None),
+            )
+        assert got == [(c.tokens, c.logprobs, c.text, [c.finish_reason]) for c in cut]
 
 
 COMPILED = []
@@ -239,9 +355,11 @@ def test_repetition_penalty_counts_prompt_and_output():
         assert not set(completion.tokens) & set(completion.prompt_tokens)
 
 
-def test_the_whole_decode_loop_works_in_place():
+@pytest.mark.parametrize("scrub", [False, True])
+def test_the_whole_decode_loop_works_in_place(scrub):
     requests = prepare_requests(MODEL, PROMPTS, **{**SHAPE, "num_pages": 4096})
-    start = partial(_start, sizes=requests.sizes, logits_processor=None)
+    options = {"logits_processor": None, "scrub": scrub}
+    start = partial(_start, sizes=requests.sizes, **options)
     state = jax.eval_shape(
         start,
         MODEL,
@@ -251,7 +369,7 @@ def test_the_whole_decode_loop_works_in_place():
         requests.stop_ids,
         requests.sampling,
     )
-    lowered = _continue.lower(MODEL, state, np.int32(1), logits_processor=None)
+    lowered = _continue.lower(MODEL, state, np.int32(1), **options)
     memory = lowered.compile().memory_analysis()
     pool = state.cache.bytes_per_page * 4096
     assert memory.alias_size_in_bytes > pool
@@ -291,7 +409,7 @@ BAD = SamplingParams(top_p=2)
         ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens=-1 of prompt 0"),
         ([[1]], {"max_new_tokens": [1, 2]}, ValueError, "max_new_tokens has 2 entries for 1 pro"),
         ([[1]], {"sampling": []}, ValueError, "sampling has 0 entries for 1 prompts"),
-        ([[1]], {"max_new_tokens": 1, "sampling": BAD}, ValueError, "top_p=2 must be in"),
+        ([[1]], {"max_new_tokens": 1, "sampling": BAD}, ValueError, "top_p=2 must be a number in"),
         (
             [[1] * 60],
             {"max_new_tokens": 5},
@@ -300,17 +418,31 @@ BAD = SamplingParams(top_p=2)
         ),
         ([[1]], {"max_new_tokens": 8, "prefill_chunk": 0}, ValueError, "prefill_chunk=0 must be"),
         ([[1]], {"max_new_tokens": 8, "stop": ["a"]}, ValueError, "needs tokenizer="),
-        ([[1]], {"max_new_tokens": 8, "stop": "a"}, ValueError, "must be a list of non-empty"),
+        ([[1]], {"max_new_tokens": 8, "stop": "a"}, TypeError, "must be a list of strings"),
         ([[1]], {"max_new_tokens": 8, "stop": [""]}, ValueError, "must be a list of non-empty"),
         ([[1]], {"max_new_tokens": 8, "page_size": 0}, ValueError, "page_size"),
         ([[1]], {"max_new_tokens": 8, "num_pages": 0}, ValueError, "num_pages"),
         ([[1.5]], {}, TypeError, "a token of prompt 0 is 1.5: must be an integer"),
-        ([[1]], {"max_new_tokens": 1.5}, TypeError, "max_new_tokens=1.5 must be Integral"),
+        ([[1]], {"max_new_tokens": 1.5}, TypeError, "=1.5 must be an integer, or one"),
         ([[1]], {"max_new_tokens": True}, TypeError, "max_new_tokens of prompt 0 is True"),
-        ([[1]], {"sampling": [None]}, TypeError, "must be SamplingParams, or one for each"),
+        ([[1]], {"sampling": [None]}, TypeError, "must be a SamplingParams, or one for each"),
         ([[1]], {"max_new_tokens": 8, "num_pages": 2.0}, TypeError, "num_pages is 2.0"),
-        ([[1]], {"max_new_tokens": 8, "stop_token_ids": [1.5]}, TypeError, "a stop token id is"),
-        ([[1]], {"max_new_tokens": 8, "block": 0}, ValueError, "block=0 must be at least 1"),
+        ([[1]], {"max_new_tokens": 8, "stop_token_ids": [1.5]}, TypeError, "of stop_token_ids is"),
+        ([[1]], {"max_new_tokens": 8, "stop_token_ids": 3}, TypeError, "stop_token_ids is 3: must"),
+        ([[1]], {"max_new_tokens": 8, "steps_per_read": 1.5}, TypeError, "steps_per_read is 1.5"),
+        ([[1], None], {}, TypeError, "prompt 1 is None: must be a sequence of token ids"),
+        ([b"text"], {}, TypeError, "prompt 0 is b'text': must be a sequence of token ids"),
+        (["\udcff"], {"tokenizer": TOKENIZER}, ValueError, "prompt 0 is '.udcff': no valid text"),
+        ([[1]], {"tokenizer": TOKENIZER, "stop": ["\udcff"]}, ValueError, "a stop string is"),
+        ([[1]], {"tokenizer": TOKENIZER, "stop": [1]}, TypeError, "has 1: must be a list of str"),
+        ([[1]], {"tokenizer": "gpt2"}, TypeError, "tokenizer is a str: must be a tokenizers.Token"),
+        (
+            [[1]],
+            {"max_new_tokens": 1, "sampling": SamplingParams(temperature="1")},
+            TypeError,
+            "temperature='1' must be 0 or a number in",
+        ),
+        ([[1]], {"max_new_tokens": 8, "steps_per_read": 0}, ValueError, "steps_per_read=0 must be"),
         ([[1]], {"max_new_tokens": 8, "stop_token_ids": [V]}, ValueError, "stop_token_ids"),
     ],
 )  # fmt: skip

@@ -10,8 +10,11 @@ import pytest
 from flax import nnx
 from model_steps import QUICK, plan
 
+from paxattn.decode_step import ragged_step
 from paxattn.kv_cache import init_kv_cache
 from paxattn.nn import PagedAttention, attend, rms_norm
+from paxattn.page_table import append, init_page_table, reserve
+from paxattn.ragged import ragged_batch
 from paxattn.rope import Rope, rotate
 
 # Row 1 has nothing to do; three tokens of padding.
@@ -68,6 +71,33 @@ def test_attend_writes_and_reads_through_the_table():
     written = np.asarray(cache.k_pages[1]).swapaxes(1, 2).reshape(-1, 2, 8)
     np.testing.assert_array_equal(written[batch.slots[:14]], k[:14])
     assert np.count_nonzero(np.abs(written).sum((1, 2))) == 14
+
+
+def test_a_cache_of_other_sizes_than_the_table_is_refused():
+    q, k, v = (normal(seed, (17, heads, 8)) for seed, heads in enumerate((4, 2, 2)))
+    batch, _ = batches()
+    sizes = dict(num_layers=1, num_kv_heads=2, head_dim=8, num_pages=6, page_size=8)
+    cache = init_kv_cache(**sizes)
+    message = "the cache has 6 pages of 8 tokens, the page table 12 of 4: make both with the same"
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, cache, batch, layer=0)
+    table = init_page_table(max_seqs=1, max_pages_per_seq=2, **SIZES)
+    with pytest.raises(ValueError, match=message):
+        ragged_step(None, table, cache, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
+
+
+def test_rows_that_are_not_live_store_nothing():
+    table = init_page_table(num_pages=3, page_size=4, max_seqs=2, max_pages_per_seq=2)
+    held = jnp.array([2, 3], jnp.int32)
+    table, _, _ = reserve(table, held)
+    table, _ = append(table, held)
+    q_lens, live = jnp.array([2, 1], jnp.int32), jnp.array([False, True])
+    batch = ragged_batch(table, q_lens, num_tokens=4, live=live)
+    np.testing.assert_array_equal(batch.kv_lens, [2, 4])
+    np.testing.assert_array_equal(batch.slots, [12, 13, 4 * int(table.block_tables[1, 0]) + 3, 15])
+    everyone = ragged_batch(table, q_lens, num_tokens=4)
+    np.testing.assert_array_equal(everyone.kv_lens, [4, 4])
+    assert (everyone.slots[:3] < 12).all()
 
 
 def dense_layer(layer, x, **options):

@@ -140,29 +140,86 @@ def test_logits_processor_runs_first():
             logits_processor=only_five,
         )
     assert (np.asarray(tokens) == 5).all()
+    with jax.numpy_dtype_promotion("standard"):
+        tokens, logprobs = sample(
+            LOGITS,
+            row_sampling([SamplingParams(temperature=i / 4, top_p=0.5) for i in range(R)], R),
+            jnp.zeros(R, jnp.int32),
+            logits_processor=lambda logits, _: logits.at[:, 6].set(jnp.inf),
+        )
+    assert (np.asarray(tokens) == 6).all()
+    assert np.isfinite(np.asarray(logprobs)).all()
 
 
 def test_ties_and_infinities():
-    flat = jnp.zeros((R, V), jnp.float32)
-    assert (np.asarray(draw(flat, SamplingParams(temperature=1.0, top_k=1))[0]) < V).all()
+    # All that tie with the last of the top-k stay, and nothing below them.
+    half = jnp.tile(jnp.where(jnp.arange(V) < V // 2, 1.0, 0.0).astype(jnp.float32), (R, 1))
+    drawn = draw(half, [SamplingParams(temperature=1.0, top_k=1, seed=i) for i in range(R)])[0]
+    assert max(drawn.tolist()) < V // 2
+    assert len(set(drawn.tolist())) > R // 2
     one = jnp.full((R, V), -jnp.inf, jnp.float32).at[:, 9].set(0.0)
     for params in (SamplingParams(), SamplingParams(temperature=2.0, top_p=0.1, min_p=0.9)):
         assert (np.asarray(draw(one, params)[0]) == 9).all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-37},
+        {"temperature": 8e37},
+        {"temperature": 1.0, "repetition_penalty": 1e-37},
+        {"temperature": 1e-37, "repetition_penalty": 8e37},
+        {"temperature": 0.0, "repetition_penalty": 8e37},
+    ],
+    ids=str,
+)
+def test_extremes_stay_finite(scale, extreme):
+    logits = (LOGITS * scale).at[:, 7].set(-jnp.inf)
+    filters = [{}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}]
+    params = [SamplingParams(seed=i, **extreme, **filters[i % 4]) for i in range(R)]
+    tokens, logprobs = draw(logits, params, seen=jnp.arange(V) < jnp.full((R, 1), V // 2))
+    assert np.isfinite(np.asarray(logprobs)).all()
+    assert 7 not in tokens.tolist()
+    if "repetition_penalty" not in extreme and scale / extreme["temperature"] > 1e6:
+        np.testing.assert_array_equal(tokens, np.argmax(logits, axis=1))
+    if scale / max(extreme["temperature"], scale) < 1e-6:
+        assert len(set(tokens.tolist())) > R // 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "1"),
+        ("temperature", None),
+        ("top_p", True),
+        ("top_k", 1.5),
+        ("top_k", float("nan")),
+        ("seed", "0"),
+    ],
+)
+def test_what_is_no_number_is_said(field, value):
+    wanted = r"must be (0 or )?an? (number|integer)"
+    with pytest.raises(TypeError, match=f"{field}={value!r} {wanted}"):
+        SamplingParams(**{field: value}).validate()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("temperature", -0.1, "a number >= 0"),
-        ("temperature", float("nan"), "a number >= 0"),
-        ("temperature", float("inf"), "a number >= 0"),
-        ("top_k", -1, "an integer >= 0"),
-        ("top_k", 1.5, "an integer >= 0"),
-        ("top_p", 0.0, r"in \(0, 1\]"),
-        ("top_p", 1.1, r"in \(0, 1\]"),
-        ("min_p", 2.0, r"in \[0, 1\]"),
-        ("repetition_penalty", 0.0, "a number > 0"),
-        ("top_k", float("nan"), "an integer >= 0"),
+        ("temperature", -0.1, "0 or a number in 1.18e-38..8.51e"),
+        ("temperature", float("nan"), "0 or a number in"),
+        ("temperature", float("inf"), "0 or a number in"),
+        ("temperature", 1e-39, "0 or a number in"),
+        ("temperature", 1e38, "0 or a number in"),
+        ("top_k", -1, r"an integer in 0\.\.2\*\*31-1"),
+        ("top_k", 2**31, r"an integer in 0\.\.2\*\*31-1"),
+        ("top_p", 0.0, r"a number in \(0, 1\]"),
+        ("top_p", 1.1, r"a number in \(0, 1\]"),
+        ("top_p", float("nan"), r"a number in \(0, 1\]"),
+        ("min_p", 2.0, r"a number in \[0, 1\]"),
+        ("repetition_penalty", 0.0, "a number in 1.18e-38..8.51e"),
+        ("repetition_penalty", 1e39, "a number in"),
         ("seed", -1, r"an integer in 0\.\.2\*\*32-1"),
         ("seed", 2**32, r"an integer in 0\.\.2\*\*32-1"),
     ],

@@ -123,7 +123,7 @@ def load(
     """
     directory = _directory(path)
     config = read_config(directory)
-    tokenizer = _read_tokenizer(directory)
+    tokenizer = _read_tokenizer(directory, config.vocab_size)
     generation_config = _read_generation_config(directory)
     with TensorFiles(directory) as files:
         model = _read_model(files, config, dtype, stacked, progress)
@@ -250,14 +250,21 @@ def _directory(path: str | PathLike[str]) -> Path:
         ) from None
 
 
-def _read_tokenizer(directory: Path) -> Tokenizer | None:
+def _read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return None
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{path}: has token ids up to {last} ({token!r}), but config.json says vocab_size="
+            f"{vocab_size}; use the tokenizer that this model was trained with"
+        )
+    return tokenizer
 
 
 def _read_generation_config(directory: Path) -> GenerationConfig:
