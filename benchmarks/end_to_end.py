@@ -27,7 +27,7 @@ from flax import nnx
 from jax import lax
 
 from paxattn import generate, load, page_table
-from paxattn.decode_step import DecodeState, Status, decode
+from paxattn.decode_step import DecodeState, Status, decode, no_use
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.ragged import RaggedBatch
 from paxattn.sampling import SamplingParams, row_sampling, sample
@@ -132,8 +132,6 @@ def dense_decode(model, cache, tokens, lens, params, seen):
             positions=lens + i,
             slots=jnp.zeros(BATCH, jnp.int32),
             max_q_len=1,
-            num_pages=1,
-            page_size=1,
         )
         hidden, cache = model(tokens, batch, cache, attend=dense_attend)
         tokens, _ = sample(model.logits(hidden), params, lens * 0 + i, seen)
@@ -236,11 +234,7 @@ def paged_state(model, k, v, first, start, params, seen, page_size=16) -> Decode
         seen=seen | False,
         tokens=jnp.zeros((BATCH, STEPS), jnp.int32),
         logprobs=jnp.zeros((BATCH, STEPS), jnp.float32),
-        num_steps=jnp.int32(0),
-        peak_pages=jnp.int32(0),
-        page_steps=jnp.float32(0),
-        token_steps=jnp.float32(0),
-        row_steps=jnp.float32(0),
+        use=no_use(),
     )
 
 

@@ -7,14 +7,16 @@ functions in `paxattn.page_table` and `paxattn.kv_cache`.
 from paxattn import kv_cache, page_table
 from paxattn.attention import explain, paged_attention, paged_attention_decode
 from paxattn.decode_step import DecodeState, Status, ragged_step
-from paxattn.generate import Completion, Delta, Generation, Stream, generate, stream
+from paxattn.generate import Stream, generate, stream
 from paxattn.kv_cache import KVCache, init_kv_cache
 from paxattn.memory import plan
 from paxattn.models import Checkpoint, CheckpointError, Decoder, DecoderConfig, bundled, load
 from paxattn.nn import PagedAttention
 from paxattn.page_table import PageTable, init_page_table
 from paxattn.ragged import RaggedBatch, ragged_batch
+from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
+from paxattn.speculative import DraftModel, NGram
 
 __version__ = "0.1.0"
 
@@ -26,8 +28,10 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Delta",
+    "DraftModel",
     "Generation",
     "KVCache",
+    "NGram",
     "PageTable",
     "PagedAttention",
     "RaggedBatch",

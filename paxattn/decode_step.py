@@ -1,9 +1,13 @@
-"""One ragged step: reserve, copy, write, attend, sample, record, release.
+"""One ragged step: reserve, copy, write, attend; and the loops of prefill and plain decoding.
 
-Every loop of the library (prefill, decode, streaming) calls `decode_step`, so they cannot drift.
-The whole state of a generation is one pytree, `DecodeState`; the step is a pure function of it.
-What cannot be done is data: a row for which no page is left ends with `Status.OUT_OF_PAGES`, and
-the other rows go on.
+Every loop of the library calls `ragged_step`, so they cannot drift: `prefill` stores all but the
+last token of the prompts, `decode_step` runs every row's newest token and samples the next.
+(Prefill computes no logits: the last token of a prompt is a row's first decode step, so that
+several samples or beams can start from one stored prompt.)
+
+The whole state of a generation is one pytree, `DecodeState`; a step is a pure function of it. What
+cannot be done is data: a row for which no page is left ends with `Status.OUT_OF_PAGES`, and the
+other rows go on.
 """
 
 from __future__ import annotations
@@ -54,6 +58,49 @@ class Status(enum.IntEnum):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class PoolUse:
+    """How a pool was used, step by step.
+
+    Attributes:
+        num_steps: i32[], steps run.
+        peak_pages: i32[], most pages held at once.
+        page_steps: f32[], pages held, summed over steps.
+        token_steps: f32[], tokens of all rows, summed over steps (shared ones once per row).
+        row_steps: f32[], rows served, summed over steps.
+    """
+
+    num_steps: jax.Array
+    peak_pages: jax.Array
+    page_steps: jax.Array
+    token_steps: jax.Array
+    row_steps: jax.Array
+
+    def after(self, table: PageTable) -> PoolUse:
+        """One more step, which left this table."""
+        held = table.num_pages - table.num_free
+        return PoolUse(
+            num_steps=self.num_steps + 1,
+            peak_pages=jnp.maximum(self.peak_pages, held),
+            page_steps=self.page_steps + held.astype(jnp.float32),
+            token_steps=self.token_steps + jnp.sum(table.kv_lens).astype(jnp.float32),
+            row_steps=self.row_steps + jnp.sum(table.kv_lens > 0).astype(jnp.float32),
+        )
+
+
+def no_use() -> PoolUse:
+    """Before the first step."""
+    zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    return PoolUse(
+        num_steps=zero,
+        peak_pages=zero,
+        page_steps=nothing,
+        token_steps=nothing,
+        row_steps=nothing,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class DecodeState:
     """A batch of R rows in generation (V: vocabulary, C: room for generated tokens).
 
@@ -66,14 +113,11 @@ class DecodeState:
         max_new_tokens: i32[R], at most C.
         stop_ids: i32[R, S], tokens that end a row, padded with -1.
         sampling: parameters per row.
-        seen: bool[R, V], tokens that are in the row's sequence (for the repetition penalty).
+        seen: bool[R, V], tokens that are in the row's sequence (for the repetition penalty); the
+            newest one may be missing.
         tokens: i32[R, C], the generated tokens; the first ``num_generated`` are valid.
         logprobs: f32[R, C], their log-probabilities under the model.
-        num_steps: i32[], steps run.
-        peak_pages: i32[], most pages held at once.
-        page_steps: f32[], pages held, summed over steps.
-        token_steps: f32[], tokens stored, summed over steps.
-        row_steps: f32[], rows served, summed over steps.
+        use: how the pool was used.
     """
 
     table: PageTable
@@ -87,11 +131,7 @@ class DecodeState:
     seen: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
-    num_steps: jax.Array
-    peak_pages: jax.Array
-    page_steps: jax.Array
-    token_steps: jax.Array
-    row_steps: jax.Array
+    use: PoolUse
 
 
 def ragged_step(
@@ -147,132 +187,162 @@ def release_rows(
     return freed, cache
 
 
-def decode_step(
+def prefill(
     model: LanguageModel,
-    state: DecodeState,
-    tokens: jax.Array,
-    q_lens: jax.Array,
+    table: PageTable,
+    cache: KVCache,
+    use: PoolUse,
+    prompts: jax.Array,
+    starts: jax.Array,
+    lens: jax.Array,
     *,
-    live: jax.Array,
-    emit: jax.Array,
-    max_q_len: int | None = None,
-    logits_processor: LogitsProcessor | None = None,
+    chunk: int,
     scrub: bool = False,
-) -> DecodeState:
-    """Advance a batch by one step.
+) -> tuple[PageTable, KVCache, PoolUse, jax.Array]:
+    """Store the rows' tokens, in chunks of packed tokens of as many rows as fit.
 
-    Of the rows that find no page only the first ends: the pages that it gives back may let the
-    others go on. Those are left as they were, for another step with the same tokens.
+    What a row holds already (its ``kv_lens`` first tokens) is not computed again. Of the rows that
+    find no page in a step only the first ends and gives its pages back: they may let the others go
+    on. So every step either stores tokens or ends a row.
 
     Args:
         model: see `LanguageModel`.
-        state: donate it to the enclosing jit.
-        tokens: i32[T], packed as for `ragged_step`.
-        q_lens: i32[R].
-        live: bool[R], rows whose tokens count.
-        emit: bool[R], live rows that get a new token from this step: those whose last known token
-            is in it.
-        max_q_len: static upper bound of ``q_lens``.
-        logits_processor: see `sampling.sample`.
-        scrub: static; zero the pages that ended rows give back before anyone can take them.
+        table: donate it to the enclosing jit.
+        cache: donate it too.
+        use: how the pool was used before.
+        prompts: i32[N], tokens.
+        starts: i32[R], where each row's tokens begin in ``prompts``; rows may share them.
+        lens: i32[R], tokens to store; 0 leaves a row as it is.
+        chunk: static tokens per step.
+        scrub: static; zero the pages of rows that end.
 
     Returns:
-        The state: new tokens recorded, rows that ended released, their pages free again.
+        ``(table, cache, use, ok bool[R])``; rows that are not ok are empty.
     """
-    table, cache, hidden, ok = ragged_step(
-        model, state.table, state.cache, tokens, q_lens, live=live, max_q_len=max_q_len
-    )
-    rows, _, active = page_table.token_rows(q_lens, tokens.shape[0])
-    num_rows, capacity = state.tokens.shape
-    counted = active & (live & ok)[rows]
-    seen = state.seen.at[jnp.where(counted, rows, num_rows), tokens].set(True, mode="drop")
 
-    last = jnp.maximum(jnp.cumsum(q_lens) - 1, 0)
-    new_token, logprob = sample(
-        model.logits(hidden[last]), state.sampling, state.num_generated, seen, logits_processor
+    def left(table: PageTable, failed: jax.Array) -> jax.Array:
+        return jnp.where(failed, 0, jnp.maximum(lens - table.kv_lens, 0))
+
+    def body(carry: tuple) -> tuple:
+        table, cache, use, failed = carry
+        todo = left(table, failed)
+        q_lens = jnp.clip(chunk - (jnp.cumsum(todo) - todo), 0, todo)
+        rows, offsets, _ = page_table.token_rows(q_lens, chunk)
+        tokens = prompts.at[starts[rows] + table.kv_lens[rows] + offsets].get(mode="clip")
+        table, cache, _, ok = ragged_step(model, table, cache, tokens, q_lens)
+        use = use.after(table)
+        ends = _first(~ok)
+        table, cache = release_rows(table, cache, ends, scrub=scrub)
+        return table, cache, use, failed | ends
+
+    carry = lax.while_loop(
+        lambda carry: jnp.any(left(carry[0], carry[3]) > 0),
+        body,
+        (table, cache, use, jnp.zeros(lens.shape, bool)),
     )
-    emit = emit & live & ok
-    index = (jnp.arange(num_rows), jnp.where(emit, state.num_generated, capacity))
-    num_generated = state.num_generated + emit.astype(jnp.int32)
-    stopped = emit & jnp.any(new_token[:, None] == state.stop_ids, axis=1)
-    full = emit & (num_generated >= state.max_new_tokens)
+    return *carry[:3], ~carry[3]
+
+
+def _first(mask: jax.Array) -> jax.Array:
+    """The mask without all but its first True."""
+    return mask & (jnp.cumsum(mask) == 1)
+
+
+def record(
+    state: DecodeState,
+    tokens: jax.Array,
+    logprobs: jax.Array,
+    count: jax.Array,
+    *,
+    failed: jax.Array,
+    scrub: bool,
+) -> DecodeState:
+    """Take down new tokens, end the rows that are through, and release these.
+
+    Args:
+        state: its table and cache are those after the step.
+        tokens: i32[R, m], new tokens of each row.
+        logprobs: f32[R, m].
+        count: i32[R], how many of them are new. What comes after a stop token or beyond
+            ``max_new_tokens`` is left out.
+        failed: bool[R], rows that found no page; only the first of them ends.
+        scrub: static; zero the pages that ended rows give back before anyone can take them.
+    """
+    capacity = state.tokens.shape[1]
+    rows = jnp.arange(state.status.size)[:, None]
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    count = jnp.minimum(count, state.max_new_tokens - state.num_generated)
+    is_stop = jnp.any(tokens[..., None] == state.stop_ids[:, None], axis=-1)
+    is_stop &= place < count[:, None]
+    stopped = jnp.any(is_stop, axis=1)
+    count = jnp.where(stopped, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, count)
+    index = jnp.where(place < count[:, None], state.num_generated[:, None] + place, capacity)
+    newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    num_generated = state.num_generated + count
+
+    full = (count > 0) & (num_generated >= state.max_new_tokens)
     status = jnp.where(full, jnp.int32(Status.LENGTH), state.status)
     status = jnp.where(stopped, jnp.int32(Status.STOP), status)
-    failed = live & ~ok
-    failed &= jnp.cumsum(failed) == 1
-    status = jnp.where(failed, jnp.int32(Status.OUT_OF_PAGES), status)
-
-    held = table.num_pages - table.num_free
-    kv_lens = table.kv_lens
-    table, cache = release_rows(table, cache, live & (status != Status.RUNNING), scrub=scrub)
+    status = jnp.where(_first(failed), jnp.int32(Status.OUT_OF_PAGES), status)
+    ended = (state.status == Status.RUNNING) & (status != Status.RUNNING)
+    table, cache = release_rows(state.table, state.cache, ended, scrub=scrub)
     return dataclasses.replace(
         state,
         table=table,
         cache=cache,
         status=status,
-        last_token=jnp.where(emit, new_token, state.last_token),
+        last_token=jnp.where(count > 0, newest, state.last_token),
         num_generated=num_generated,
-        seen=seen,
-        tokens=state.tokens.at[index].set(new_token, mode="drop"),
-        logprobs=state.logprobs.at[index].set(logprob, mode="drop"),
-        num_steps=state.num_steps + 1,
-        peak_pages=jnp.maximum(state.peak_pages, held),
-        page_steps=state.page_steps + held.astype(jnp.float32),
-        token_steps=state.token_steps + jnp.sum(kv_lens).astype(jnp.float32),
-        row_steps=state.row_steps + jnp.sum(kv_lens > 0).astype(jnp.float32),
+        tokens=state.tokens.at[rows, index].set(tokens, mode="drop"),
+        logprobs=state.logprobs.at[rows, index].set(logprobs, mode="drop"),
+        use=state.use.after(state.table),
     )
 
 
-def prefill(
+def decode_step(
     model: LanguageModel,
     state: DecodeState,
-    prompts: jax.Array,
-    prompt_lens: jax.Array,
     *,
-    chunk: int,
     logits_processor: LogitsProcessor | None = None,
     scrub: bool = False,
 ) -> DecodeState:
-    """Run all prompts in chunks of packed tokens; every row that fits gets its first new token.
+    """Run every running row's newest token, and sample the next.
 
-    A chunk is run again for the rows that found no page, until none of them waits: each time the
-    first of them ends, so this comes to an end.
+    Of the rows that find no page only the first ends: the pages that it gives back may let the
+    others go on. Those are left as they were, for another step.
 
     Args:
         model: see `LanguageModel`.
-        state: rows that take part have ``Status.RUNNING`` and are empty.
-        prompts: i32[>= sum(prompt_lens)], row after row without gaps.
-        prompt_lens: i32[R].
-        chunk: static tokens per step; a chunk may end one prompt and begin the next.
+        state: donate it to the enclosing jit.
         logits_processor: see `sampling.sample`.
-        scrub: see `decode_step`.
+        scrub: static; zero the pages that ended rows give back before anyone can take them.
     """
-    ends = jnp.cumsum(prompt_lens)
-    starts = ends - prompt_lens
-    prompts = jnp.pad(prompts, (0, chunk))  # so that the last chunk's slice is never shifted back
-
-    def waiting(done: jax.Array, state: DecodeState) -> jax.Array:
-        """Rows that have not stored what they have in the chunk that begins at ``done``."""
-        stored = state.table.kv_lens >= jnp.minimum(ends, done + chunk) - starts
-        return (state.status == Status.RUNNING) & ~stored
-
-    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        done, state = carry
-        q_lens = jnp.clip(ends, done, done + chunk) - jnp.clip(starts, done, done + chunk)
-        state = decode_step(
-            model,
-            state,
-            lax.dynamic_slice_in_dim(prompts, done, chunk),
-            q_lens,
-            live=waiting(done, state),
-            emit=ends <= done + chunk,
-            max_q_len=chunk,
-            logits_processor=logits_processor,
-            scrub=scrub,
-        )
-        return jnp.where(jnp.any(waiting(done, state)), done, done + chunk), state
-
-    return lax.while_loop(lambda c: c[0] < ends[-1], body, (jnp.zeros_like(ends[-1]), state))[1]
+    live = state.status == Status.RUNNING
+    table, cache, hidden, ok = ragged_step(
+        model,
+        state.table,
+        state.cache,
+        state.last_token,
+        jnp.ones_like(state.status),
+        live=live,
+        max_q_len=1,
+    )
+    stepped = live & ok
+    rows = jnp.arange(live.size)
+    seen = state.seen.at[jnp.where(stepped, rows, live.size), state.last_token].set(
+        True, mode="drop"
+    )
+    token, logprob = sample(
+        model.logits(hidden), state.sampling, state.num_generated, seen, logits_processor
+    )
+    return record(
+        dataclasses.replace(state, table=table, cache=cache, seen=seen),
+        token[:, None],
+        logprob[:, None],
+        stepped.astype(jnp.int32),
+        failed=live & ~ok,
+        scrub=scrub,
+    )
 
 
 def decode(
@@ -292,24 +362,12 @@ def decode(
         logits_processor: see `sampling.sample`.
         scrub: see `decode_step`.
     """
-    last_step = state.num_steps + max_steps
+    last_step = state.use.num_steps + max_steps
 
-    def running(state: DecodeState) -> jax.Array:
-        return state.status == Status.RUNNING
+    def more(state: DecodeState) -> jax.Array:
+        return jnp.any(state.status == Status.RUNNING) & (state.use.num_steps < last_step)
 
     def body(state: DecodeState) -> DecodeState:
-        return decode_step(
-            model,
-            state,
-            state.last_token,
-            jnp.ones_like(state.status),
-            live=running(state),
-            emit=running(state),
-            max_q_len=1,
-            logits_processor=logits_processor,
-            scrub=scrub,
-        )
+        return decode_step(model, state, logits_processor=logits_processor, scrub=scrub)
 
-    return lax.while_loop(
-        lambda state: jnp.any(running(state)) & (state.num_steps < last_step), body, state
-    )
+    return lax.while_loop(more, body, state)

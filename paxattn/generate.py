@@ -1,236 +1,55 @@
 """Generate: a list of prompts in, completions out; the token loop runs inside one ``jax.jit``.
 
-`generate` and `stream` share two compiled functions: one allocates the pool and runs all prompts
-in chunks, one decodes until every row has ended (or for so many steps, when streaming). Shapes are
-rounded up to buckets, and lengths, sampling parameters and stop tokens are data, so another call
-in the same buckets compiles nothing.
+`generate` and `stream` share two compiled functions (`loops`): one allocates the pool and stores
+all prompts in chunks, one decodes until every row has ended (or for so many steps, when
+streaming). Shapes are rounded up to buckets, and lengths, sampling parameters and stop tokens are
+data, so another call in the same buckets compiles nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from paxattn.decode_step import DecodeState, Status, decode, prefill, release_rows
-from paxattn.page_table import init_page_table
-from paxattn.requests import (
-    GenerateOptions,
-    Prompt,
-    Requests,
-    Sizes,
-    integer,
-    prepare_requests,
-)
-from paxattn.sampling import LogitsProcessor, RowSampling
-from paxattn.text import TextStream
+from paxattn import loops
+from paxattn.decode_step import DecodeState, Status
+from paxattn.generate_beams import generate_beams
+from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
+from paxattn.results import Completion, Delta, Generation, PoolStats, no_stats, row_texts
+from paxattn.speculative import SpeculativeState
 
 _STEPS_PER_READ = 16  # in `generate` with stop strings: the host looks for those
 _NO_LIMIT = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delta:
-    """News of one request from `stream`.
-
-    Attributes:
-        index: which prompt.
-        tokens: token ids since the last delta.
-        logprobs: their log-probabilities under the model.
-        text: text since the last delta ("" without a tokenizer).
-        finish_reason: None while running; "stop" (a stop token or string), "length"
-            (``max_new_tokens``) or "out_of_pages".
-    """
-
-    index: int
-    tokens: list[int]
-    logprobs: list[float]
-    text: str
-    finish_reason: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One finished request.
-
-    Attributes:
-        prompt_tokens: the prompt's token ids.
-        tokens: generated token ids, a final stop token included.
-        logprobs: one per generated token.
-        text: the generated text, special tokens and stop strings left out ("" without a
-            tokenizer).
-        finish_reason: see `Delta`.
-    """
-
-    prompt_tokens: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    text: str
-    finish_reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolStats:
-    """How the pool was used.
-
-    Attributes:
-        page_size: tokens per page.
-        num_pages: pages in the pool.
-        peak_pages: most pages held at once.
-        bytes_per_page: bytes of K and V per page.
-        num_steps: steps run, prefill chunks included.
-        utilization: fraction of the held slots that held tokens, averaged over the steps.
-        naive_utilization: the same had each running request reserved ``max_positions`` slots.
-    """
-
-    page_size: int
-    num_pages: int
-    peak_pages: int
-    bytes_per_page: int
-    num_steps: int
-    utilization: float
-    naive_utilization: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What `generate` returns: one completion per prompt, in order, and the pool's use."""
-
-    completions: list[Completion]
-    stats: PoolStats
-
-
-@partial(jax.jit, static_argnames=("sizes", "logits_processor", "scrub"))
-def _start(
-    model: Any,
-    packed: jax.Array,
-    prompt_lens: jax.Array,
-    max_new_tokens: jax.Array,
-    stop_ids: jax.Array,
-    sampling: RowSampling,
-    *,
-    sizes: Sizes,
-    logits_processor: LogitsProcessor | None,
-    scrub: bool,
-) -> DecodeState:
-    """Allocate the pool and run the prompts."""
-    num_rows = prompt_lens.shape[0]
-    wanted = jnp.where(max_new_tokens > 0, jnp.int32(Status.RUNNING), jnp.int32(Status.LENGTH))
-    # A prompt larger than the pool takes nothing from the others.
-    too_long = -(-prompt_lens // sizes.page_size) > sizes.num_pages
-    wanted = jnp.where(too_long, jnp.int32(Status.OUT_OF_PAGES), wanted)
-    zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    state = DecodeState(
-        table=init_page_table(
-            num_pages=sizes.num_pages,
-            page_size=sizes.page_size,
-            max_seqs=num_rows,
-            max_pages_per_seq=sizes.max_pages_per_seq,
-        ),
-        cache=model.init_cache(num_pages=sizes.num_pages, page_size=sizes.page_size),
-        status=jnp.where(prompt_lens > 0, wanted, jnp.int32(Status.EMPTY)),
-        last_token=jnp.zeros(num_rows, jnp.int32),
-        num_generated=jnp.zeros(num_rows, jnp.int32),
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        sampling=sampling,
-        seen=jnp.zeros((num_rows, model.config.vocab_size), bool),
-        tokens=jnp.zeros((num_rows, sizes.capacity), jnp.int32),
-        logprobs=jnp.zeros((num_rows, sizes.capacity), jnp.float32),
-        num_steps=zero,
-        peak_pages=zero,
-        page_steps=nothing,
-        token_steps=nothing,
-        row_steps=nothing,
-    )
-    return prefill(
-        model,
-        state,
-        packed,
-        prompt_lens,
-        chunk=sizes.chunk,
-        logits_processor=logits_processor,
-        scrub=scrub,
-    )
-
-
-@partial(jax.jit, donate_argnames=("state",), static_argnames=("logits_processor", "scrub"))
-def _continue(
-    model: Any,
-    state: DecodeState,
-    max_steps: jax.Array,
-    *,
-    logits_processor: LogitsProcessor | None,
-    scrub: bool,
-) -> DecodeState:
-    """Decode for up to ``max_steps``; the table and the pages are donated."""
-    return decode(model, state, max_steps, logits_processor=logits_processor, scrub=scrub)
-
-
-@partial(jax.jit, donate_argnames=("state",), static_argnames=("scrub",))
-def _stop(state: DecodeState, mask: jax.Array, *, scrub: bool) -> DecodeState:
-    """End rows from the host side."""
-    table, cache = release_rows(state.table, state.cache, mask, scrub=scrub)
-    return dataclasses.replace(
-        state,
-        table=table,
-        cache=cache,
-        status=jnp.where(mask, jnp.int32(Status.STOP), state.status),
-    )
 
 
 class _Reader:
     """Turns a state's new tokens into deltas, finds stop strings, and keeps the pool's figures."""
 
     def __init__(self, model: Any, requests: Requests) -> None:
-        self.texts = [
-            None if requests.tokenizer is None else TextStream(requests.tokenizer, requests.stop, p)
-            for p in requests.prompts
-        ]
+        self.texts = row_texts(requests)
         self.read = [0] * len(self.texts)
         self.finished = [False] * len(self.texts)
         self.max_positions = model.config.max_positions
-        self.stats = PoolStats(
-            page_size=requests.sizes.page_size,
-            num_pages=requests.sizes.num_pages,
-            peak_pages=0,
-            bytes_per_page=0,
-            num_steps=0,
-            utilization=0.0,
-            naive_utilization=0.0,
-        )
+        self.stats = no_stats(requests)
 
-    def deltas(self, state: DecodeState) -> tuple[list[Delta], np.ndarray]:
+    def deltas(self, state: DecodeState | SpeculativeState) -> tuple[list[Delta], np.ndarray]:
         """What is new since the last call, and which rows bool[R] a stop string must end now."""
-        status, counts, tokens, logprobs, figures = jax.device_get(
-            (
-                state.status,
-                state.num_generated,
-                state.tokens,
-                state.logprobs,
-                (
-                    state.peak_pages,
-                    state.num_steps,
-                    state.page_steps,
-                    state.token_steps,
-                    state.row_steps,
-                ),
-            )
+        if isinstance(state, SpeculativeState):
+            drafted, accepted = jax.device_get((state.drafted, state.accepted))
+            guesses = {"drafted": int(drafted), "accepted": int(accepted)}
+            self.stats = dataclasses.replace(self.stats, **guesses)
+            state = state.decode
+        status, counts, tokens, logprobs = jax.device_get(
+            (state.status, state.num_generated, state.tokens, state.logprobs)
         )
-        peak, steps, page_steps, token_steps, row_steps = (figure.item() for figure in figures)
-        self.stats = dataclasses.replace(
-            self.stats,
-            peak_pages=peak,
+        self.stats = self.stats.after(
+            state.use,
             bytes_per_page=state.cache.bytes_per_page,
-            num_steps=steps,
-            utilization=token_steps / max(1.0, page_steps * self.stats.page_size),
-            naive_utilization=token_steps / max(1.0, row_steps * self.max_positions),
+            max_positions=self.max_positions,
         )
         news, ended = [], np.zeros(status.shape, bool)
         for i, text in enumerate(self.texts):
@@ -267,25 +86,33 @@ def _run(
     """Run the prompts, then so many steps at a time. The state lives here and nowhere else."""
     if not requests.prompts:
         return
-    loop = {"logits_processor": requests.logits_processor, "scrub": requests.scrub}
-    state = _start(
+    state = loops.start(
         model,
+        requests.draft,
         requests.packed,
+        requests.starts,
         requests.prompt_lens,
         requests.max_new_tokens,
         requests.stop_ids,
         requests.sampling,
         sizes=requests.sizes,
-        **loop,
+        scrub=requests.scrub,
     )
     while True:
         news, ended = reader.deltas(state)
         if ended.any():
-            state = _stop(state, ended, scrub=requests.scrub)
+            state = loops.stop_rows(state, ended, scrub=requests.scrub)
         yield from news
         if all(reader.finished):
             return
-        state = _continue(model, state, np.int32(steps_per_read), **loop)
+        state = loops.go_on(
+            model,
+            requests.draft,
+            state,
+            np.int32(steps_per_read),
+            logits_processor=requests.logits_processor,
+            scrub=requests.scrub,
+        )
 
 
 class Stream(Iterator[Delta]):
@@ -357,7 +184,14 @@ def stream(
 
 
 def generate(
-    model: Any, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    num_beams: int | None = None,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    num_return_sequences: int = 1,
+    **options: Unpack[GenerateOptions],
 ) -> Generation:
     """Complete several prompts at once out of one paged KV cache.
 
@@ -368,6 +202,13 @@ def generate(
     Args:
         model: as for `stream`.
         prompts: texts (with ``tokenizer=``) or sequences of token ids.
+        num_beams: search with so many beams instead of sampling: the search of Hugging Face
+            transformers, see `paxattn.beam`. ``sampling``, ``num_samples``, ``draft`` and ``stop``
+            do not go with it.
+        length_penalty: a beam's score is the sum of its log-probabilities over ``tokens **
+            length_penalty``.
+        early_stopping: False, True or "never": when a search ends, see `beam.EarlyStopping`.
+        num_return_sequences: beams returned per prompt, best first.
         **options: see `GenerateOptions`.
 
     Raises:
@@ -385,9 +226,25 @@ def generate(
         ... )
         >>> print(out.completions[0].text)
     """
+    if num_beams is not None:
+        return generate_beams(
+            model,
+            prompts,
+            options,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            num_return_sequences=num_return_sequences,
+        )
+    if (length_penalty, early_stopping, num_return_sequences) != (1.0, False, 1):
+        raise ValueError(
+            f"{length_penalty=}, {early_stopping=}, {num_return_sequences=}: beam search has "
+            "these, pass num_beams= too (samples of a prompt: num_samples=)"
+        )
     # Without stop strings the host has nothing to look for before all rows have ended.
     news = Stream(model, prompts, _STEPS_PER_READ if options.get("stop") else _NO_LIMIT, options)
-    deltas: list[list[Delta]] = [[] for _ in news.prompts]
+    rows = [prompt for prompt in news.prompts for _ in range(options.get("num_samples", 1))]
+    deltas: list[list[Delta]] = [[] for _ in rows]
     for delta in news:
         deltas[delta.index].append(delta)
     completions = [
@@ -398,6 +255,6 @@ def generate(
             text="".join(delta.text for delta in own),
             finish_reason=own[-1].finish_reason or "",
         )
-        for prompt, own in zip(news.prompts, deltas, strict=True)
+        for prompt, own in zip(rows, deltas, strict=True)
     ]
     return Generation(completions=completions, stats=news.stats())

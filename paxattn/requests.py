@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypedDict
 
@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
+from paxattn.speculative import Drafter, DraftModel, NGram
 
 Prompt = str | Sequence[int]
 
@@ -22,6 +23,9 @@ class GenerateOptions(TypedDict, total=False):
         tokenizer: encodes text prompts and decodes completions; without it only ids go in and out.
         max_new_tokens: for all prompts, or one for each; 128 by default.
         sampling: `SamplingParams` for all prompts, or one for each; greedy by default.
+        num_samples: completions of each prompt, which share its pages until they diverge; sample j
+            has the prompt's ``seed + j`` and is what a request with that seed would get.
+        draft: who guesses tokens for speculative decoding: `NGram` or `DraftModel`.
         stop_token_ids: tokens that end a completion, such as the checkpoint's eos ids.
         stop: strings that end a completion and are left out of its text; needs a tokenizer.
         page_size: tokens per page, 1 to 256; 16 by default.
@@ -36,6 +40,8 @@ class GenerateOptions(TypedDict, total=False):
     tokenizer: Tokenizer | None
     max_new_tokens: int | Sequence[int]
     sampling: SamplingParams | Sequence[SamplingParams]
+    num_samples: int
+    draft: Drafter | None
     stop_token_ids: Sequence[int]
     stop: Sequence[str] | None
     page_size: int
@@ -47,8 +53,9 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Static sizes of a generation: what is compiled for."""
+    """Static sizes of a generation: what is compiled for. ``group`` is rows per prompt."""
 
+    group: int
     page_size: int
     num_pages: int
     max_pages_per_seq: int
@@ -58,10 +65,27 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """Checked requests, padded to buckets."""
+    """Checked requests, padded to buckets: R rows, ``sizes.group`` neighbouring ones per prompt.
+
+    Attributes:
+        prompts: the token ids of each prompt.
+        packed: i32[N], all prompts' tokens, padded.
+        starts: i32[R], where in ``packed`` the row's prompt begins.
+        prompt_lens: i32[R], 0 in padding rows.
+        max_new_tokens: i32[R].
+        stop_ids: i32[R, S], padded with -1.
+        sampling: parameters per row.
+        sizes: what is compiled for.
+        tokenizer: as given.
+        stop: as given.
+        draft: as given.
+        logits_processor: as given.
+        scrub: as given.
+    """
 
     prompts: list[list[int]]
     packed: np.ndarray
+    starts: np.ndarray
     prompt_lens: np.ndarray
     max_new_tokens: np.ndarray
     stop_ids: np.ndarray
@@ -69,6 +93,7 @@ class Requests:
     sizes: Sizes
     tokenizer: Tokenizer | None
     stop: Sequence[str]
+    draft: Drafter | None
     logits_processor: LogitsProcessor | None
     scrub: bool
 
@@ -158,6 +183,8 @@ def prepare_requests(
     tokenizer: Tokenizer | None = None,
     max_new_tokens: int | Sequence[int] = 128,
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+    num_samples: int = 1,
+    draft: Drafter | None = None,
     stop_token_ids: Sequence[int] = (),
     stop: Sequence[str] | None = None,
     page_size: int = 16,
@@ -185,8 +212,11 @@ def prepare_requests(
                 f"prompt {i} has {len(prompt)} tokens and max_new_tokens={n}: more than the "
                 f"model's {config.max_positions} positions; shorten the one or lower the other"
             )
-    for name, value in (("prefill_chunk", prefill_chunk), ("page_size", page_size)):
-        integer(name, value)
+    for name, value in (("prefill_chunk", prefill_chunk), ("num_samples", num_samples)):
+        if integer(name, value) < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    integer("page_size", page_size)
+    _check_draft(draft, config.vocab_size)
     if num_pages is not None and integer("num_pages", num_pages) < 1:
         raise ValueError(f"{num_pages=} must be at least 1")
     if not 1 <= page_size <= 256:
@@ -197,15 +227,14 @@ def prepare_requests(
         raise ValueError(
             f"stop_token_ids has {unknown[0]}: not in the model's 0..{config.vocab_size - 1}"
         )
-    if prefill_chunk < 1:
-        raise ValueError(f"{prefill_chunk=} must be at least 1 token")
-
-    num_rows = _bucket(len(ids))
+    num_prompts = _bucket(len(ids))
+    num_rows = num_prompts * num_samples
     total = _bucket(sum(map(len, ids)), 16)
     capacity = _bucket(max(new, default=0), 16)
     longest = _bucket(max(map(len, ids), default=0), 16) + capacity
-    enough = total // page_size + num_rows * (capacity // page_size + 2)
+    enough = total // page_size + num_prompts + num_rows * (capacity // page_size + 2)
     sizes = Sizes(
+        group=num_samples,
         page_size=page_size,
         num_pages=enough if num_pages is None else num_pages,
         max_pages_per_seq=-(-longest // page_size),
@@ -217,17 +246,47 @@ def prepare_requests(
     packed[: len(flat)] = flat
     stop_ids = np.full((num_rows, _bucket(len(stop_token_ids), 8)), -1, np.int32)
     stop_ids[:, : len(stop_token_ids)] = stop_token_ids
-    spare = (0, num_rows - len(ids))
+    lens = np.array([len(prompt) for prompt in ids], np.int32)
+
+    def rows(per_prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+        column = np.repeat(np.array(per_prompt, np.int32), num_samples)
+        return np.pad(column, (0, num_rows - len(column)))
+
+    seeded = [
+        replace(one, seed=(one.seed + j) % 2**32) if j else one
+        for one in params
+        for j in range(num_samples)
+    ]
     return Requests(
         prompts=ids,
         packed=packed,
-        prompt_lens=np.pad(np.array([len(p) for p in ids], np.int32), spare),
-        max_new_tokens=np.pad(np.array(new, np.int32), spare),
+        starts=rows(np.cumsum(lens) - lens),
+        prompt_lens=rows(lens),
+        max_new_tokens=rows(new),
         stop_ids=stop_ids,
-        sampling=row_sampling(params, num_rows),
+        sampling=row_sampling(seeded, num_rows),
         sizes=sizes,
         tokenizer=tokenizer,
         stop=stop,
+        draft=draft,
         logits_processor=logits_processor,
         scrub=bool(scrub),
     )
+
+
+def _check_draft(draft: Any, vocab_size: int) -> None:
+    if draft is None:
+        return
+    if not isinstance(draft, NGram | DraftModel):
+        raise TypeError(f"{draft=} must be an NGram or a DraftModel")
+    numbers = {"num_tokens": draft.num_tokens}
+    if isinstance(draft, NGram):
+        numbers["longest"] = draft.longest
+    elif draft.model.config.vocab_size != vocab_size:
+        raise ValueError(
+            f"the draft model has {draft.model.config.vocab_size} tokens, the model {vocab_size}: "
+            "both need the same vocabulary"
+        )
+    for name, value in numbers.items():
+        if integer(f"draft.{name}", value) < 1:
+            raise ValueError(f"draft.{name}={value} must be at least 1")

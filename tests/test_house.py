@@ -12,6 +12,7 @@ PACKAGE = ROOT / "paxattn"
 # In the order of the data: a later room may import an earlier one, never the reverse.
 ROOMS = [
     "page_table",
+    "prefix_cache",
     "kv_cache",
     "ragged",
     "attention",
@@ -20,8 +21,13 @@ ROOMS = [
     "models",
     "sampling",
     "decode_step",
+    "beam",
+    "speculative",
     "text",
     "requests",
+    "results",
+    "loops",
+    "generate_beams",
     "generate",
     "memory",
     "__init__",

@@ -1,0 +1,102 @@
+"""The host side of beam search: options checked, the compiled search run, hypotheses read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from paxattn import loops
+from paxattn.beam import NEVER, Beams, EarlyStopping
+from paxattn.decode_step import Status
+from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
+from paxattn.results import Completion, Generation, no_stats, row_texts
+
+
+def generate_beams(
+    model: Any,
+    prompts: Sequence[Prompt],
+    options: GenerateOptions,
+    *,
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: bool | str,
+    num_return_sequences: int,
+) -> Generation:
+    """See `generate.generate`.
+
+    Returns:
+        ``num_return_sequences`` completions per prompt, with scores. Those of a prompt that ran out
+        of pages may be fewer; what it lacks in hypotheses comes from its unfinished beams.
+    """
+    for name in ("sampling", "num_samples", "draft", "stop"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}= does not go with num_beams=: leave one of them out")
+    if integer("num_beams", num_beams) < 1:
+        raise ValueError(f"{num_beams=} must be at least 1")
+    if not 1 <= integer("num_return_sequences", num_return_sequences) <= num_beams:
+        raise ValueError(f"{num_return_sequences=} must be between 1 and {num_beams=}")
+    if early_stopping is not False and early_stopping is not True and early_stopping != "never":
+        raise ValueError(f'{early_stopping=} must be False, True or "never"')
+    if not isinstance(length_penalty, int | float) or not abs(length_penalty) <= 100:
+        raise ValueError(f"{length_penalty=} must be a number between -100 and 100")
+    grouped: GenerateOptions = {**options, "num_samples": num_beams}
+    requests = prepare_requests(model, prompts, **grouped)
+    stats = no_stats(requests)
+    if not requests.prompts:
+        return Generation(completions=[], stats=stats)
+    status, hypotheses, running, use = loops.search(
+        model,
+        requests.packed,
+        requests.starts,
+        requests.prompt_lens,
+        requests.max_new_tokens,
+        requests.stop_ids,
+        np.float32(length_penalty),
+        np.int32(EarlyStopping[str(early_stopping).upper()]),
+        sizes=requests.sizes,
+        logits_processor=requests.logits_processor,
+        scrub=requests.scrub,
+    )
+    cache = jax.eval_shape(lambda: model.init_cache(num_pages=1, page_size=stats.page_size))
+    stats = stats.after(
+        use, bytes_per_page=cache.bytes_per_page, max_positions=model.config.max_positions
+    )
+    status, hypotheses, running = jax.device_get((status, hypotheses, running))
+    completions = []
+    for i in range(len(requests.prompts)):
+        found = _completions(requests, i, hypotheses, Status(status[i]))
+        if status[i] == Status.OUT_OF_PAGES:
+            found += _completions(requests, i, running, Status.OUT_OF_PAGES, unfinished=True)
+        completions += found[:num_return_sequences]
+    return Generation(completions=completions, stats=stats)
+
+
+def _completions(
+    requests: Requests, index: int, beams: Beams, status: Status, *, unfinished: bool = False
+) -> list[Completion]:
+    """The beams of one prompt, best first; one of no tokens if it asked for none."""
+    group = requests.sizes.group
+    stop_ids = set(requests.stop_ids[index * group].tolist())
+    texts = row_texts(requests)[index * group : (index + 1) * group]
+    out = []
+    for k, text in enumerate(texts):
+        length, score = int(beams.lens[index, k]), float(beams.scores[index, k])
+        asked_for_none = status == Status.LENGTH and requests.max_new_tokens[index * group] == 0
+        if score <= NEVER and not (asked_for_none and not unfinished):
+            continue
+        tokens = beams.tokens[index, k, :length].tolist()
+        reason = Status.STOP if tokens and tokens[-1] in stop_ids else Status.LENGTH
+        out.append(
+            Completion(
+                prompt_tokens=requests.prompts[index],
+                tokens=tokens,
+                logprobs=beams.logprobs[index, k, :length].tolist(),
+                text="" if text is None else text.push(tokens, final=True)[0],
+                finish_reason=(Status.OUT_OF_PAGES if unfinished else reason).name.lower(),
+                score=0.0 if asked_for_none else score,
+            )
+        )
+    return out

@@ -1,0 +1,217 @@
+"""The compiled functions behind `generate` and `stream`: fill the pool, decode, search, stop.
+
+Shapes come from `requests.Sizes`, everything else is data: another call with the same sizes
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paxattn import page_table
+from paxattn.beam import Beams, BeamState, beam_search, no_beams
+from paxattn.decode_step import (
+    DecodeState,
+    PoolUse,
+    Status,
+    decode,
+    no_use,
+    prefill,
+    release_rows,
+)
+from paxattn.kv_cache import KVCache
+from paxattn.page_table import PageTable, init_page_table
+from paxattn.requests import Sizes
+from paxattn.sampling import LogitsProcessor, RowSampling
+from paxattn.speculative import Drafter, DraftModel, SpeculativeState, speculate
+
+
+def _fill(
+    model: Any,
+    packed: jax.Array,
+    starts: jax.Array,
+    lens: jax.Array,
+    *,
+    sizes: Sizes,
+    fork: bool,
+    scrub: bool,
+) -> tuple[PageTable, KVCache, PoolUse, jax.Array]:
+    """Allocate a pool and store all but the last token of the prompts; ``ok`` bool[R].
+
+    Each prompt is stored once, by the first row of its group; with ``fork`` the others share it.
+    """
+    num_rows = lens.shape[0]
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    leader = rows // sizes.group * sizes.group
+    table = init_page_table(
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        max_seqs=num_rows,
+        max_pages_per_seq=sizes.max_pages_per_seq,
+    )
+    cache = model.init_cache(num_pages=sizes.num_pages, page_size=sizes.page_size)
+    lens = jnp.where(rows == leader, jnp.maximum(lens - 1, 0), 0)
+    table, cache, use, ok = prefill(
+        model, table, cache, no_use(), packed, starts, lens, chunk=sizes.chunk, scrub=scrub
+    )
+    if fork and sizes.group > 1:
+        table, _ = page_table.fork(table, leader, rows)  # a leader onto itself: left as it is
+    return table, cache, use, ok[leader]
+
+
+def _first_status(
+    prompt_lens: jax.Array, max_new_tokens: jax.Array, sizes: Sizes
+) -> tuple[jax.Array, jax.Array]:
+    """Status i32[R] of rows before prefill, and the tokens that it has to take care of."""
+    status = jnp.where(max_new_tokens > 0, jnp.int32(Status.RUNNING), jnp.int32(Status.LENGTH))
+    # A prompt larger than the pool takes nothing from the others.
+    too_long = -(-prompt_lens // sizes.page_size) > sizes.num_pages
+    status = jnp.where(too_long, jnp.int32(Status.OUT_OF_PAGES), status)
+    status = jnp.where(prompt_lens > 0, status, jnp.int32(Status.EMPTY))
+    return status, jnp.where(status == Status.RUNNING, prompt_lens, 0)
+
+
+@partial(jax.jit, static_argnames=("sizes", "scrub"))
+def start(
+    model: Any,
+    draft: Drafter | None,
+    packed: jax.Array,
+    starts: jax.Array,
+    prompt_lens: jax.Array,
+    max_new_tokens: jax.Array,
+    stop_ids: jax.Array,
+    sampling: RowSampling,
+    *,
+    sizes: Sizes,
+    scrub: bool,
+) -> DecodeState | SpeculativeState:
+    """Allocate the pool and store the prompts."""
+    num_rows = prompt_lens.shape[0]
+    status, lens = _first_status(prompt_lens, max_new_tokens, sizes)
+    table, cache, use, ok = _fill(model, packed, starts, lens, sizes=sizes, fork=True, scrub=scrub)
+    running = status == Status.RUNNING
+    width = sizes.max_pages_per_seq * sizes.page_size
+    place = jnp.arange(width, dtype=jnp.int32)
+    history = packed.at[starts[:, None] + place].get(mode="clip")
+    known = jnp.where(place < prompt_lens[:, None], history, model.config.vocab_size)
+    seen = jnp.zeros((num_rows, model.config.vocab_size), bool)
+    state = DecodeState(
+        table=table,
+        cache=cache,
+        status=jnp.where(running & ~ok, jnp.int32(Status.OUT_OF_PAGES), status),
+        last_token=packed.at[starts + prompt_lens - 1].get(mode="clip"),
+        num_generated=jnp.zeros(num_rows, jnp.int32),
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        sampling=sampling,
+        seen=seen.at[jnp.arange(num_rows)[:, None], known].set(True, mode="drop"),
+        tokens=jnp.zeros((num_rows, sizes.capacity), jnp.int32),
+        logprobs=jnp.zeros((num_rows, sizes.capacity), jnp.float32),
+        use=use,
+    )
+    if draft is None:
+        return state
+    draft_table = draft_cache = None
+    if isinstance(draft, DraftModel):
+        draft_table, draft_cache, _, _ = _fill(
+            draft.model, packed, starts, lens, sizes=sizes, fork=True, scrub=scrub
+        )
+    zero = jnp.zeros((), jnp.int32)
+    return SpeculativeState(
+        decode=state,
+        history=history,
+        table=draft_table,
+        cache=draft_cache,
+        drafted=zero,
+        accepted=zero,
+    )
+
+
+@partial(jax.jit, donate_argnames=("state",), static_argnames=("logits_processor", "scrub"))
+def go_on(
+    model: Any,
+    draft: Drafter | None,
+    state: Any,
+    max_steps: jax.Array,
+    *,
+    logits_processor: LogitsProcessor | None,
+    scrub: bool,
+) -> DecodeState | SpeculativeState:
+    """Decode for up to ``max_steps``; the table and the pages are donated."""
+    if draft is None:
+        return decode(model, state, max_steps, logits_processor=logits_processor, scrub=scrub)
+    return speculate(model, draft, state, max_steps, logits_processor=logits_processor, scrub=scrub)
+
+
+@partial(jax.jit, donate_argnames=("state",), static_argnames=("scrub",))
+def stop_rows(state: DecodeState, mask: jax.Array, *, scrub: bool) -> DecodeState:
+    """End rows from the host side."""
+    table, cache = release_rows(state.table, state.cache, mask, scrub=scrub)
+    return dataclasses.replace(
+        state,
+        table=table,
+        cache=cache,
+        status=jnp.where(mask, jnp.int32(Status.STOP), state.status),
+    )
+
+
+@partial(jax.jit, static_argnames=("sizes", "logits_processor", "scrub"))
+def search(
+    model: Any,
+    packed: jax.Array,
+    starts: jax.Array,
+    prompt_lens: jax.Array,
+    max_new_tokens: jax.Array,
+    stop_ids: jax.Array,
+    length_penalty: jax.Array,
+    early_stopping: jax.Array,
+    *,
+    sizes: Sizes,
+    logits_processor: LogitsProcessor | None,
+    scrub: bool,
+) -> tuple[jax.Array, Beams, Beams, PoolUse]:
+    """Beam search with ``sizes.group`` beams, from the prompts to the end.
+
+    Args:
+        model: see `decode_step.LanguageModel`.
+        packed: see `requests.Requests`, like what follows.
+        starts: i32[R].
+        prompt_lens: i32[R].
+        max_new_tokens: i32[R].
+        stop_ids: i32[R, S].
+        length_penalty: f32[], see `beam.BeamState`.
+        early_stopping: i32[], `beam.EarlyStopping`.
+        sizes: what is compiled for.
+        logits_processor: see `sampling.sample`.
+        scrub: zero pages that nobody holds any more.
+
+    Returns:
+        status i32[B], hypotheses, the beams that were running last, and how the pool was used.
+    """
+    num_beams = sizes.group
+    status, lens = _first_status(prompt_lens, max_new_tokens, sizes)
+    table, cache, use, ok = _fill(model, packed, starts, lens, sizes=sizes, fork=False, scrub=scrub)
+    status = jnp.where((status == Status.RUNNING) & ~ok, jnp.int32(Status.OUT_OF_PAGES), status)
+    num_prompts = status.size // num_beams
+    last = packed.at[starts + prompt_lens - 1].get(mode="clip")
+    none = no_beams(num_prompts, num_beams, sizes.capacity)
+    state = BeamState(
+        table=table,
+        cache=cache,
+        status=status[::num_beams],
+        last_token=last.reshape(num_prompts, num_beams),
+        running=dataclasses.replace(none, scores=none.scores.at[:, 0].set(0.0)),
+        hypotheses=none,
+        max_new_tokens=max_new_tokens[::num_beams],
+        stop_ids=stop_ids[::num_beams],
+        length_penalty=jnp.broadcast_to(length_penalty, num_prompts),
+        early_stopping=jnp.broadcast_to(early_stopping, num_prompts),
+        use=use,
+    )
+    state = beam_search(model, state, logits_processor=logits_processor, scrub=scrub)
+    return state.status, state.hypotheses, state.running, state.use

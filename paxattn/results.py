@@ -1,0 +1,126 @@
+"""What `generate` and `stream` hand over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+
+from paxattn.decode_step import PoolUse
+from paxattn.requests import Requests
+from paxattn.text import TextStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """News of one request from `stream`.
+
+    Attributes:
+        index: which completion: ``prompt * num_samples + sample``.
+        tokens: token ids since the last delta.
+        logprobs: their log-probabilities under the model.
+        text: text since the last delta ("" without a tokenizer).
+        finish_reason: None while running; "stop" (a stop token or string), "length"
+            (``max_new_tokens``) or "out_of_pages".
+    """
+
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One finished request.
+
+    Attributes:
+        prompt_tokens: the prompt's token ids.
+        tokens: generated token ids, a final stop token included.
+        logprobs: one per generated token.
+        text: the generated text, special tokens and stop strings left out ("" without a
+            tokenizer).
+        finish_reason: see `Delta`.
+        score: of a beam search, sum of the log-probabilities over ``tokens ** length_penalty``;
+            None otherwise.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str
+    score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolStats:
+    """How the pool was used.
+
+    Attributes:
+        page_size: tokens per page.
+        num_pages: pages in the pool.
+        peak_pages: most pages held at once.
+        bytes_per_page: bytes of K and V per page.
+        num_steps: steps run, prefill chunks included.
+        utilization: fraction of the held slots that held tokens, averaged over the steps.
+        naive_utilization: the same had each running request reserved ``max_positions`` slots.
+        drafted: tokens guessed (speculative decoding).
+        accepted: guesses kept.
+
+    Rows that share pages count the tokens in them once each, so sharing can lift utilization
+    above 1.
+    """
+
+    page_size: int
+    num_pages: int
+    peak_pages: int = 0
+    bytes_per_page: int = 0
+    num_steps: int = 0
+    utilization: float = 0.0
+    naive_utilization: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+    def after(self, use: PoolUse, *, bytes_per_page: int, max_positions: int) -> PoolStats:
+        """The same pool's figures at a later time; ``use`` lies on the device."""
+        use = jax.device_get(use)
+        token_steps = use.token_steps.item()
+        return replace(
+            self,
+            peak_pages=use.peak_pages.item(),
+            bytes_per_page=bytes_per_page,
+            num_steps=use.num_steps.item(),
+            utilization=token_steps / max(1.0, use.page_steps.item() * self.page_size),
+            naive_utilization=token_steps / max(1.0, use.row_steps.item() * max_positions),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        completions: of the first prompt, then of the second, and so on: `num_samples` or
+            `num_return_sequences` of each.
+        stats: how the pool was used.
+    """
+
+    completions: list[Completion]
+    stats: PoolStats
+
+
+def row_texts(requests: Requests) -> list[TextStream | None]:
+    """What turns each row's tokens into text."""
+    tokenizer, stop = requests.tokenizer, requests.stop
+    return [
+        None if tokenizer is None else TextStream(tokenizer, stop, prompt)
+        for prompt in requests.prompts
+        for _ in range(requests.sizes.group)
+    ]
+
+
+def no_stats(requests: Requests) -> PoolStats:
+    """Before the first step."""
+    return PoolStats(page_size=requests.sizes.page_size, num_pages=requests.sizes.num_pages)

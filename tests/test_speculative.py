@@ -1,0 +1,180 @@
+"""Speculation and parallel samples: plain decoding's tokens, fewer steps, pages that return."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_generate import CONFIG, MODEL, PROMPTS, SAMPLING, SHAPE, V, tokens_of, watch
+
+from paxattn import DraftModel, NGram, generate, page_table, stream
+from paxattn.models import Decoder
+from paxattn.sampling import SamplingParams
+from paxattn.speculative import propose_ngram
+
+DRAFT = Decoder(CONFIG, rngs=nnx.Rngs(1))
+
+
+def plain_ngram(history, num_tokens, longest):
+    """`propose_ngram` of one row, written down again in plain Python."""
+    for size in range(longest, 0, -1):
+        latest = history[len(history) - size :]
+        for end in range(len(history) - 1, size - 1, -1):
+            if len(latest) == size and history[end - size : end] == latest:
+                return history[end : end + num_tokens]
+    return []
+
+
+def test_ngram_finds_the_latest_of_the_longest():
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 3, n).tolist() for n in (1, 2, 3, 5, 8, 13, 20, 20)]
+    history = np.full((len(rows), 20), 1, np.int32)
+    for row, tokens in zip(history, rows, strict=True):
+        row[: len(tokens)] = tokens
+    lens = jnp.array([len(tokens) for tokens in rows])
+    for k, longest in ((1, 1), (3, 2), (4, 3), (2, 9)):
+        guesses, count = propose_ngram(jnp.array(history), lens, num_tokens=k, longest=longest)
+        found = [g[:n].tolist() for g, n in zip(guesses, count, strict=True)]
+        assert found == [plain_ngram(tokens, k, longest) for tokens in rows]
+
+
+DRAFTERS = [
+    NGram(num_tokens=4),
+    DraftModel(model=MODEL, num_tokens=3),  # always right, but for rounding
+    DraftModel(model=DRAFT, num_tokens=3),  # mostly wrong
+]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=["ngram", "itself", "other"])
+def test_speculation_changes_no_token(monkeypatch, drafter):
+    # Prompts that repeat themselves, so that looking them up succeeds now and then.
+    prompts = [(prompt * 4)[:16] for prompt in PROMPTS]
+    tables = []
+    watch(monkeypatch, lambda state: tables.append(getattr(state, "decode", state).table))
+    for sampling in ([SamplingParams()] * 4, SAMPLING):
+        options = {**SHAPE, "sampling": sampling, "max_new_tokens": [12, 5, 1, 12]}
+        plain = generate(MODEL, prompts, **options)
+        fast = generate(MODEL, prompts, draft=drafter, **options)
+        assert tokens_of(fast) == tokens_of(plain)
+        for a, b in zip(fast.completions, plain.completions, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+            assert a.finish_reason == b.finish_reason
+        page_table.check_invariants(tables[-1])
+        assert int(tables[-1].num_free) == SHAPE["num_pages"]
+        assert 0 <= fast.stats.accepted <= fast.stats.drafted
+        if isinstance(drafter, DraftModel) and drafter.model is MODEL:
+            assert fast.stats.accepted == fast.stats.drafted > 0
+            assert fast.stats.num_steps < plain.stats.num_steps / 2
+
+
+@pytest.mark.parametrize(
+    "k", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in range(2, 9) if k != 3)]
+)
+def test_other_draft_lengths(k):
+    plain = generate(MODEL, PROMPTS, **SHAPE)
+    for draft in (NGram(num_tokens=k), DraftModel(model=DRAFT, num_tokens=k)):
+        assert tokens_of(generate(MODEL, PROMPTS, draft=draft, **SHAPE)) == tokens_of(plain)
+
+
+def test_pressure_stops_guessing_before_it_stops_a_row():
+    tight = {**SHAPE, "num_pages": 10}
+    plain = generate(MODEL, PROMPTS, **tight)
+    fast = generate(MODEL, PROMPTS, draft=DRAFTERS[1], **tight)
+    whole = generate(MODEL, PROMPTS, **SHAPE)
+    assert [c.finish_reason for c in plain.completions].count("length") > 0
+    assert [c.finish_reason for c in fast.completions].count("length") > 0
+    for completion, tokens in zip(fast.completions, tokens_of(whole), strict=True):
+        assert completion.tokens == tokens[: len(completion.tokens)]
+
+
+def test_stop_tokens_among_the_guesses_end_a_row_there():
+    whole = tokens_of(generate(MODEL, PROMPTS, **SHAPE))
+    stops = [whole[0][2], whole[3][4]]
+    plain = generate(MODEL, PROMPTS, stop_token_ids=stops, **SHAPE)
+    fast = generate(MODEL, PROMPTS, stop_token_ids=stops, draft=DRAFTERS[1], **SHAPE)
+    assert tokens_of(fast) == tokens_of(plain)
+    assert [c.finish_reason for c in fast.completions] == [
+        c.finish_reason for c in plain.completions
+    ]
+
+
+def test_repetition_penalty_sees_the_guesses():
+    options = {**SHAPE, "sampling": SamplingParams(repetition_penalty=1e6)}
+    plain = generate(MODEL, PROMPTS, **options)
+    assert tokens_of(generate(MODEL, PROMPTS, draft=DRAFTERS[1], **options)) == tokens_of(plain)
+
+
+def test_streaming_is_the_same():
+    got = [[] for _ in PROMPTS]
+    for delta in stream(MODEL, PROMPTS, draft=DRAFTERS[1], **SHAPE):
+        got[delta.index] += delta.tokens
+    assert got == tokens_of(generate(MODEL, PROMPTS, **SHAPE))
+
+
+def test_speculation_samples_from_the_target(monkeypatch):
+    """Chi-square of the second token, given the first, against the model's own probabilities."""
+    small = Decoder(CONFIG.__class__(**{**vars(CONFIG), "vocab_size": 7}), rngs=nnx.Rngs(2))
+    other = Decoder(small.config, rngs=nnx.Rngs(3))
+    count = 512
+    sampling = [SamplingParams(temperature=1.5, seed=seed) for seed in range(count)]
+    options = {"page_size": 4, "max_new_tokens": 3}
+    draft = DraftModel(model=other, num_tokens=2)
+    out = generate(small, [[1, 2, 3]] * count, sampling=sampling, draft=draft, **options)
+    assert 0.1 < out.stats.accepted / out.stats.drafted < 0.95
+    tokens = np.array(tokens_of(out))
+    # Teacher-forced through greedy logprobs is not needed: condition on the most common prefix.
+    seen, times = np.unique(tokens[:, 0], return_counts=True)
+    first = seen[times.argmax()]
+    second = tokens[tokens[:, 0] == first, 1]
+
+    captured = []
+
+    def spy(logits, num_generated):
+        jax.debug.callback(lambda x: captured.append(np.asarray(x)), logits)
+        return logits
+
+    generate(small, [[1, 2, 3, int(first)]], logits_processor=spy, page_size=4, max_new_tokens=1)
+    jax.effects_barrier()
+    probabilities = np.asarray(jax.nn.softmax(captured[0][0] / 1.5))
+    expected = probabilities * len(second)
+    chi2 = (((np.bincount(second, minlength=7) - expected) ** 2) / expected).sum()
+    assert chi2 < 22.5  # the 0.1 % point for 6 degrees of freedom
+    assert len(second) > 60
+
+
+def test_samples_are_separate_requests_that_share_pages(monkeypatch):
+    sampling = [SamplingParams(temperature=1.5, seed=10), SamplingParams(temperature=1.5, seed=90)]
+    prompts = [PROMPTS[3], PROMPTS[0]]
+    shared = generate(MODEL, prompts, num_samples=4, sampling=sampling, **SHAPE)
+    separate = [
+        generate(MODEL, [prompt] * 4, sampling=[SamplingParams(temperature=1.5, seed=one.seed + j)
+                                                 for j in range(4)], **SHAPE)
+        for prompt, one in zip(prompts, sampling, strict=True)
+    ]  # fmt: skip
+    assert tokens_of(shared) == [tokens for each in separate for tokens in tokens_of(each)]
+    assert len({tuple(tokens) for tokens in tokens_of(shared)}) == 8
+    assert [len(c.prompt_tokens) for c in shared.completions] == [16] * 4 + [5] * 4
+    # 3 full pages of the first prompt and 1 of the second are shared by four rows each.
+    alone = sum(each.stats.peak_pages for each in separate)
+    assert shared.stats.peak_pages == alone - 3 * 3 - 3 * 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"draft": 4}, TypeError, "draft=4 must be an NGram or a DraftModel"),
+        ({"draft": NGram(num_tokens=0)}, ValueError, "draft.num_tokens=0 must be at least 1"),
+        ({"draft": NGram(longest=1.5)}, TypeError, "draft.longest is 1.5: must be an integer"),
+        ({"num_samples": 0}, ValueError, "num_samples=0 must be at least 1"),
+        ({"num_samples": "2"}, TypeError, "num_samples is '2': must be an integer"),
+    ],
+)
+def test_bad_input(options, error, message):
+    with pytest.raises(error, match=message):
+        generate(MODEL, [[1]], **SHAPE, **options)
+
+
+def test_another_vocabulary_is_refused():
+    other = Decoder(CONFIG.__class__(**{**vars(CONFIG), "vocab_size": V - 1}), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"the draft model has {V - 1} tokens, the model {V}"):
+        generate(MODEL, [[1]], draft=DraftModel(model=other), **SHAPE)
