@@ -22,12 +22,14 @@ from rich.table import Table
 
 import paxattn
 from paxattn.attention import implementations
-from paxattn.display import Output, Report, show_live, show_plain, show_plan, summary
-from paxattn.generate import stream
+from paxattn.display import Output, Report, Search, show_live, show_plain, show_plan, summary
+from paxattn.generate import Stream, stream
 from paxattn.memory import plan as memory_plan
 from paxattn.models import CheckpointError, Decoder, DecoderConfig, bundled, load
 from paxattn.models.config import read_config
+from paxattn.requests import GenerateOptions
 from paxattn.sampling import SamplingParams
+from paxattn.speculative import DraftModel, NGram
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -97,6 +99,9 @@ def cli(context: click.Context) -> None:
     Examples:
       paxattn generate -p "def read_config(path):" -p "class Stack:"
       paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95
+      paxattn generate -p "import os" --temperature 0.8 --num-samples 4
+      paxattn generate -p "import os" --num-beams 4
+      paxattn generate -p "import os" --draft ngram
       echo "import os" | paxattn generate
     """
 )
@@ -147,6 +152,44 @@ def cli(context: click.Context) -> None:
     show_default=True,
     help="The next prompts use seed + 1, seed + 2, ... (modulo 2**32).",
 )
+@click.option(
+    "--num-samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Completions of each prompt, which share its pages; needs --temperature to differ.",
+)
+@click.option(
+    "--num-beams",
+    type=click.IntRange(1),
+    help="Beam search instead of sampling.  [default: off]",
+)
+@click.option(
+    "--length-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Beams: above 0 favours long completions.",
+)
+@click.option(
+    "--early-stopping",
+    type=click.Choice(["false", "true", "never"]),
+    default="false",
+    show_default=True,
+    help="Beams: when a search ends, as transformers has it.",
+)
+@click.option(
+    "--draft",
+    callback=_not_empty,
+    help='Speculate: "ngram", or a small checkpoint of the same vocabulary.  [default: off]',
+)
+@click.option(
+    "--draft-tokens",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Guesses per step.",
+)
 @click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
 @click.option(
@@ -171,6 +214,12 @@ def generate(
     model: str | None,
     max_new_tokens: int,
     seed: int,
+    num_samples: int,
+    num_beams: int | None,
+    length_penalty: float,
+    early_stopping: str,
+    draft: str | None,
+    draft_tokens: int,
     stop: tuple[str, ...],
     ignore_eos: bool,
     dtype: str | None,
@@ -181,9 +230,14 @@ def generate(
 ) -> None:
     """Complete prompts, all at once, out of one paged KV cache."""
     texts = _read_prompts(prompts, prompt_file)
-    params = [SamplingParams(seed=(seed + i) % 2**32, **sampling) for i in range(len(texts))]
+    seeds = [(seed + i * num_samples) % 2**32 for i in range(len(texts))]
+    params = [SamplingParams(seed=one, **sampling) for one in seeds]
     for one in params:
         one.validate()
+    if num_beams and (sampling["temperature"] or num_samples > 1 or draft or stop):
+        raise click.UsageError(
+            "--num-beams does not go with --temperature, --num-samples, --draft or --stop"
+        )
     _use_compilation_cache()
     _devices()
     if dtype is None and jax.default_backend() == "cpu":
@@ -193,31 +247,53 @@ def generate(
         checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
     if checkpoint.tokenizer is None:
         raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
-    running = stream(
-        checkpoint.model,
-        texts,
-        steps_per_read=2,
-        tokenizer=checkpoint.tokenizer,
-        max_new_tokens=max_new_tokens,
-        sampling=params,
-        stop_token_ids=() if ignore_eos else checkpoint.stop_token_ids,
-        stop=stop,
-        page_size=page_size,
-        num_pages=num_pages,
-    )
-    report = Report(len(texts))
-    if sys.stdout.isatty() and not quiet:
-        show_live(running, texts, report, log)
+    options: GenerateOptions = {
+        "tokenizer": checkpoint.tokenizer,
+        "max_new_tokens": max_new_tokens,
+        "stop_token_ids": () if ignore_eos else checkpoint.stop_token_ids,
+        "page_size": page_size,
+        "num_pages": num_pages,
+    }
+    running: Stream | Search
+    if num_beams:
+        running = Search(
+            lambda: paxattn.generate(
+                checkpoint.model,
+                texts,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                early_stopping={"true": True, "false": False}.get(early_stopping, early_stopping),
+                **options,
+            )
+        )
     else:
-        show_plain(running, texts, report, log)
+        options["sampling"] = params
+        options["num_samples"] = num_samples
+        options["draft"] = _drafter(draft, draft_tokens, dtype)
+        options["stop"] = stop
+        running = stream(checkpoint.model, texts, steps_per_read=2, **options)
+    shown = [text for text in texts for _ in range(num_samples)]
+    report = Report(len(shown))
+    if sys.stdout.isatty() and not quiet:
+        show_live(running, shown, report, log)
+    else:
+        show_plain(running, shown, report, log)
     if not quiet:
         summary(log, report, running.stats(), checkpoint.config.max_positions)
     short = report.reasons.count("out_of_pages")
     if short:
         raise click.ClickException(
-            f"{short} of {len(texts)} prompts ran out of pages: raise --num-pages above "
+            f"{short} of {len(shown)} completions ran out of pages: raise --num-pages above "
             f"{running.stats().num_pages}"
         )
+
+
+def _drafter(draft: str | None, num_tokens: int, dtype: str | None) -> NGram | DraftModel | None:
+    if draft is None:
+        return None
+    if draft == "ngram":
+        return NGram(num_tokens=num_tokens)
+    return DraftModel(model=load(draft, dtype=dtype).model, num_tokens=num_tokens)
 
 
 def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:

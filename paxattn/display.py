@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import click
 from rich.console import Console, Group
@@ -14,8 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from paxattn.generate import PoolStats, Stream
+from paxattn.generate import Stream
 from paxattn.memory import MemoryPlan
+from paxattn.results import Delta, Generation, PoolStats
 
 _REFRESH_PER_SECOND = 12
 
@@ -26,6 +28,28 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         """Called while the error is handled: let it go on."""
         raise
+
+
+class Search:
+    """A beam search, run when its first delta is asked for, in the shape of a `Stream`."""
+
+    def __init__(self, run: Callable[[], Generation]) -> None:
+        self._run = run
+
+    def __iter__(self) -> Iterator[Delta]:
+        self._found = self._run()
+        for i, found in enumerate(self._found.completions):
+            yield Delta(
+                index=i,
+                tokens=found.tokens,
+                logprobs=found.logprobs,
+                text=found.text,
+                finish_reason=found.finish_reason,
+            )
+
+    def stats(self) -> PoolStats:
+        """How the pool was used; after the search."""
+        return self._found.stats
 
 
 class Report:
@@ -61,7 +85,7 @@ class Report:
         return tokens, self.reads[-1][0] - self.reads[1][0] if tokens else 0.0
 
 
-def show_plain(running: Stream, texts: list[str], report: Report, log: Console) -> None:
+def show_plain(running: Stream | Search, texts: list[str], report: Report, log: Console) -> None:
     """Completions in order of the prompts, each streamed as soon as those before it are done."""
     waiting: list[list[str]] = [[] for _ in texts]
     current = 0
@@ -71,9 +95,10 @@ def show_plain(running: Stream, texts: list[str], report: Report, log: Console) 
         click.echo(f"=== {i + 1}: {texts[i]}" if several else texts[i], nl=several)
 
     with log.status("compiling and reading the prompts"):
-        first = next(running)
+        news = iter(running)
+        first = next(news)
     begin(0)
-    for delta in itertools.chain([first], running):
+    for delta in itertools.chain([first], news):
         report.add(delta.index, len(delta.tokens), delta.finish_reason)
         waiting[delta.index].append(delta.text)
         while current < len(texts):
@@ -88,7 +113,7 @@ def show_plain(running: Stream, texts: list[str], report: Report, log: Console) 
         sys.stdout.flush()
 
 
-def show_live(running: Stream, texts: list[str], report: Report, log: Console) -> None:
+def show_live(running: Stream | Search, texts: list[str], report: Report, log: Console) -> None:
     """All completions side by side while they grow; in full at the end."""
     written = [""] * len(texts)
     console = Output()
@@ -108,11 +133,12 @@ def show_live(running: Stream, texts: list[str], report: Report, log: Console) -
         )
 
     with log.status("compiling and reading the prompts"):
-        first = next(running)
+        news = iter(running)
+        first = next(news)
     room = max(3, (console.height - 2) // len(texts) - 3)
     with Live(console=console, transient=True, auto_refresh=False) as live:
         shown = 0.0
-        for delta in itertools.chain([first], running):
+        for delta in itertools.chain([first], news):
             report.add(delta.index, len(delta.tokens), delta.finish_reason)
             written[delta.index] += delta.text
             now = time.perf_counter()
@@ -153,6 +179,9 @@ def summary(log: Console, report: Report, stats: PoolStats, max_positions: int) 
         f"{stats.utilization:.1%} of the held slots; reserving {max_positions:,} tokens for each "
         f"prompt would use {stats.naive_utilization:.1%}",
     )
+    if stats.drafted:
+        share = stats.accepted / stats.drafted
+        table.add_row("guesses", f"{stats.accepted:,} of {stats.drafted:,} kept ({share:.0%})")
     log.print(table, highlight=False)
 
 

@@ -45,6 +45,28 @@ def test_generate_from_standard_input():
         assert word in out.stderr
 
 
+def test_samples_speculation_and_beams(monkeypatch, capfd):
+    shared = ("generate", "-n", "8", "-p", "import os")
+    code, out, err = in_process(
+        *shared, "-t", "0.8", "--num-samples", "2", "--draft", "ngram",
+        monkeypatch=monkeypatch, capfd=capfd,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "=== 2: import os" in out
+    code, out, err = in_process(
+        *shared, "--num-beams", "2", "--early-stopping", "never",
+        monkeypatch=monkeypatch, capfd=capfd,
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.startswith("import os")
+    assert "utilization" in err
+    code, _, err = in_process(
+        *shared, "--num-beams", "2", "--draft", "ngram", monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert code == 2
+    assert "--num-beams does not go with --temperature" in err
+
+
 PLAN = ("plan", "--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--memory", "1GB")
 
 
