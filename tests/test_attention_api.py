@@ -1,5 +1,7 @@
 """What `paged_attention` refuses, in which words, and which implementation it picks."""
 
+import subprocess
+import sys
 import warnings
 
 import attention_cases as cases
@@ -7,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 import paxattn.attention as attention
 from paxattn.attention import choice, explain, implementations, paged_attention
@@ -109,10 +117,13 @@ STACKED = S((L, N, HKV, P, D), jnp.float32)
         (dict(max_q_len=0), ValueError, "max_q_len=0 must be at least 1"),
         (dict(max_q_len=S((), jnp.int32)), TypeError, "max_q_len must be a Python int"),
         (dict(max_q_len=1.5), TypeError, "max_q_len must be a Python int, not float"),
+        (dict(max_q_len=True), TypeError, "max_q_len must be a Python int, not bool"),
         (dict(sm_scale=0.0), ValueError, "sm_scale=0.0 must be positive and finite"),
+        (dict(sm_scale=np.float32(-1)), ValueError, "sm_scale=.*-1.* must be positive and finite"),
         (dict(sm_scale="x"), TypeError, "sm_scale must be a number, not str"),
         (dict(causal=None), TypeError, "causal must be a Python bool, not NoneType"),
         (dict(sliding_window=0), ValueError, "sliding_window=0 must be at least 1 token"),
+        (dict(sliding_window=2**31), ValueError, "sliding_window=2147483648 must be .* an int32"),
         (dict(sliding_window=2.0), TypeError, "sliding_window=2.0 must be an int or an i32"),
         (
             dict(sliding_window=S((3,), jnp.int32)),
@@ -173,9 +184,15 @@ def test_explain_takes_shapes(changes):
     assert "plain jax.numpy" in str(told)
 
 
-@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+DECLINED = {
+    "mosaic_gpu": r"its kernels are for NVIDIA Hopper GPUs \(H100, H200, GH200\), not cpu",
+    "mosaic_tpu": "this version of paxattn has no Mosaic TPU kernel",
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
 def test_native_implementations_decline_by_name(name):
-    words = f"{name}: this version of paxattn has no Mosaic .PU kernel"
+    words = f"{name}: {DECLINED[name]}"
     for asked in (name, [name], ("mosaic_tpu", "mosaic_gpu")):
         with pytest.raises(NotImplementedError, match=words):
             paged_attention(**arguments(), implementation=asked)
@@ -191,17 +208,110 @@ def test_implementations_lists_this_machine():
     listed = {name: (available, reason) for name, available, reason in implementations()}
     assert list(listed) == ["mosaic_gpu", "mosaic_tpu", "reference"]
     assert [available for available, _ in listed.values()] == [False, False, True]
-    assert "no Mosaic GPU kernel" in listed["mosaic_gpu"][1]
+    assert "for NVIDIA Hopper GPUs" in listed["mosaic_gpu"][1]
+
+
+def building_for(device_kind):
+    device = AbstractDevice(device_kind, None, "cuda")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def on_hopper(*, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, tokens=R, **more):
+    """A decode step, as shapes, that the GPU kernels serve."""
+    pages = S((L, N, heads[1], page_size, head_dim), dtype)
+    return arguments(
+        q=S((tokens, heads[0], head_dim), dtype), k_pages=pages, v_pages=pages,
+        **dict(layer=S((), jnp.int32), max_q_len=1) | more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(), "decode kernel, 8 query rows per KV head"),
+        (dict(heads=(16, 1), dtype=jnp.float16, page_size=128), "decode kernel, 16 query rows"),
+        (dict(max_q_len=5, tokens=8, head_dim=80), "decode kernel, 24 query rows per KV head"),
+        (dict(dtype=jnp.float32), "dtype float32 is not one that the tensor cores take"),
+        (dict(head_dim=48), "head_dim=48 is not one of (64, 80, 96, 112, 128, 192, 256)"),
+        (dict(page_size=5), "page_size=5 is not one of (8, 16, 32, 64, 128)"),
+        (dict(max_q_len=20, tokens=40), "max_q_len=20 new tokens x 4 query heads per KV head are"),
+        (dict(max_q_len=9, tokens=40, head_dim=256), "more than the 24 of the decode kernel"),
+    ],
+)
+def test_the_choice_for_hopper(changes, reason):
+    """By the device that code is built for; tracing the whole op needs no GPU either."""
+    given = on_hopper(**changes)
+    with building_for("NVIDIA H200"):
+        told = explain(**given)
+        assert told.reasons[0][0] == "mosaic_gpu"
+        assert reason in told.reasons[0][1]
+        if reason.startswith("decode kernel"):
+            assert told.implementation == "mosaic_gpu"
+            static = {"max_q_len": given.pop("max_q_len")}
+            out = jax.eval_shape(
+                lambda given: paged_attention(**given, **static, return_lse=True), given
+            )
+            assert out[0].shape == given["q"].shape
+        else:
+            with pytest.raises(NotImplementedError, match="cannot serve this on NVIDIA H200"):
+                paged_attention(**given, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    "kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA B200"]
+)
+def test_other_gpus_are_declined(kind):
+    with building_for(kind):
+        told = explain(**on_hopper())
+    assert told.implementation == "reference"
+    assert told.reasons[0][1] == (
+        f"its kernels are for NVIDIA Hopper GPUs (H100, H200, GH200), not {kind}"
+    )
+
+
+def test_kernels_are_imported_when_needed_only():
+    code = """
+import sys, paxattn
+from paxattn.attention import implementations
+implementations()
+kernels = [m for m in sys.modules if m.startswith("jax.experimental.pallas")]
+assert not kernels, kernels
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_shard_map_must_not_ask_what_kernels_cannot_tell():
+    mesh = AbstractMesh(
+        (1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", None, "cuda"),
+        axis_types=(AxisType.Auto,),
+    )  # fmt: skip
+    given = on_hopper()
+    heads, pages = PartitionSpec(None, "x"), PartitionSpec(None, None, "x")
+    arrays = given.pop("q"), given.pop("k_pages"), given.pop("v_pages")
+    names = ("block_tables", "kv_lens", "cu_q_lens")
+    lens = {name: jnp.zeros(given[name].shape, jnp.int32) for name in names}
+
+    def run(check_vma):
+        f = lambda q, k, v: paged_attention(q, k, v, layer=0, max_q_len=1, **lens)  # noqa: E731
+        sharded = jax.shard_map(
+            f, in_specs=(heads, pages, pages), out_specs=heads, check_vma=check_vma
+        )
+        return jax.eval_shape(sharded, *arrays)
+
+    with use_abstract_mesh(mesh):
+        assert run(False).shape == arrays[0].shape
+        with pytest.raises(NotImplementedError, match="only with check_vma=False"):
+            run(True)
 
 
 def test_an_accelerator_on_the_reference_is_warned_once(monkeypatch):
     monkeypatch.setattr(choice, "_warned", set())
-    device = AbstractDevice("NVIDIA H200", None, "cuda")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with building_for("NVIDIA H200"):
         told = explain(**arguments())
         assert (told.implementation, told.target.platform) == ("reference", "gpu")
-        assert told.reasons[0] == ("mosaic_gpu", "this version of paxattn has no Mosaic GPU kernel")
-        with pytest.warns(UserWarning, match="slower reference on NVIDIA H200: mosaic_gpu: this"):
+        assert told.reasons[0][0] == "mosaic_gpu"
+        assert told.reasons[0][1].startswith("dtype float32 is not one that the tensor cores take")
+        with pytest.warns(UserWarning, match="slower reference on NVIDIA H200: mosaic_gpu: dtype"):
             jax.eval_shape(lambda x: paged_attention(**x), arguments())
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # the second time, and when it was asked for: silence

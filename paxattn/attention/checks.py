@@ -229,7 +229,7 @@ def _check_tables(block_tables: Any, kv_lens: Any, cu_q_lens: Any) -> tuple[int,
 def _check_max_q_len(max_q_len: int | None, num_tokens: int) -> int:
     if max_q_len is None:
         return num_tokens
-    if not isinstance(max_q_len, int | np.integer):
+    if isinstance(max_q_len, bool) or not isinstance(max_q_len, int | np.integer):
         raise TypeError(
             f"max_q_len must be a Python int, not {type(max_q_len).__name__}: it is static"
         )
@@ -246,7 +246,7 @@ def _check_numbers(layer: Any, num_layers: int | None, sm_scale: Any, soft_cap: 
             raise ValueError(f"{layer=} must be in [0, {num_layers}), the layers that pages hold")
     elif layer is not None:
         _scalar("layer", layer)
-    if isinstance(sm_scale, int | float):
+    if isinstance(sm_scale, int | float | np.number):
         if not (math.isfinite(sm_scale) and sm_scale > 0):
             raise ValueError(f"{sm_scale=} must be positive and finite (None: head_dim ** -0.5)")
     elif sm_scale is not None and getattr(sm_scale, "shape", None) != ():
@@ -273,8 +273,10 @@ def _check_window(sliding_window: Any, causal: bool) -> None:
     if isinstance(sliding_window, bool | float):
         raise TypeError(f"{sliding_window=} must be an int or an i32[] array")
     if isinstance(sliding_window, int | np.integer):
-        if sliding_window <= 0:
-            raise ValueError(f"{sliding_window=} must be at least 1 token (None means no window)")
+        if not 0 < sliding_window < 2**31:
+            raise ValueError(
+                f"{sliding_window=} must be at least 1 token, and an int32 (None means no window)"
+            )
     else:
         _scalar("sliding_window", sliding_window)
 

@@ -17,6 +17,7 @@ import jax
 
 from paxattn.attention import reference
 from paxattn.attention.checks import Request
+from paxattn.attention.mosaic_gpu import support as mosaic_gpu
 
 Names = str | Sequence[str] | None
 
@@ -85,7 +86,7 @@ def _missing(kernel: str) -> Callable[..., Any]:
 _IMPLEMENTATIONS = {
     i.name: i
     for i in (
-        Implementation(name="mosaic_gpu", check=_missing("Mosaic GPU"), run=_missing("Mosaic GPU")),
+        Implementation(name="mosaic_gpu", check=mosaic_gpu.check, run=mosaic_gpu.run),
         Implementation(name="mosaic_tpu", check=_missing("Mosaic TPU"), run=_missing("Mosaic TPU")),
         Implementation(
             name="reference",

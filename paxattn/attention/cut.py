@@ -127,9 +127,10 @@ def put_rows(into: jax.Array, tiled: jax.Array, batch: Batch, chosen: jax.Array)
     row = jnp.searchsorted(batch.cu_q_lens[1:], token, side="right", method="compare_all")
     inside = row < batch.kv_lens.shape[0]
     row = jnp.where(inside, row, 0)
-    place = jnp.clip(token - batch.cu_q_lens[row], 0, tiled.shape[1] - 1)
-    use = (inside & chosen[row]).reshape(-1, *(1,) * (into.ndim - 1))
-    return jnp.where(use, tiled[row, place], into)
+    place = token - batch.cu_q_lens[row]
+    use = inside & chosen[row] & (place < tiled.shape[1])  # no more than `max_q_len` promised
+    tiled = tiled.at[row, place].get(mode="clip")
+    return jnp.where(use.reshape(-1, *(1,) * (into.ndim - 1)), tiled, into)
 
 
 # Many tiles per row.

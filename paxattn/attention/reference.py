@@ -24,8 +24,8 @@ from paxattn.attention.tiles import (
     Masking,
     attend_tiles,
     attend_tiles_backward,
-    varying_like,
 )
+from paxattn.page_table.pages import varying_like
 
 
 @functools.partial(jax.jit, static_argnames=("max_q_len", "causal", "soft_cap", "config"))
@@ -74,9 +74,10 @@ def paged_attention_reference(
         config = default_config(
             num_rows=kv_lens.shape[0], num_kv_heads=k_pages.shape[2], head_dim=q.shape[2]
         )
+    room = block_tables.shape[1] * k_pages.shape[3]
     batch = Batch(
         block_tables=block_tables,
-        kv_lens=kv_lens,
+        kv_lens=jnp.clip(kv_lens, 0, min(room, 2**31 - 1)),  # no row holds more
         cu_q_lens=cu_q_lens,
         layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_pages.shape[0] - 1),
         window=jnp.asarray(sliding_window, jnp.int32),

@@ -16,25 +16,17 @@ S = `block_kv` tokens per block; R rows, M `max_pages_per_seq`, L layers, N page
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn.page_table.pages import varying_like
+
 _HIGHEST = lax.Precision.HIGHEST
 _FEW_QUERIES = 4
-
-
-def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """Lets `x` vary over the mesh axes that any of the others does.
-
-    Inside `shard_map`, a loop's initial values must be typed like what its body makes of them.
-    Elsewhere it does nothing.
-    """
-    axes = {a for other in others for a in jax.typeof(other).manual_axis_type.varying}
-    axes -= jax.typeof(x).manual_axis_type.varying
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 @jax.tree_util.register_dataclass
@@ -67,26 +59,23 @@ class Masking:
     soft_cap: float | None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class _Blocks:
-    """The walk over a batch's pages: where each tile starts, and how many blocks all need."""
-
-    first_page: jax.Array  # i32[B], logical
-    count: jax.Array  # i32[]
-
-
-def _plan(tiles: Tiles, page_size: int, pages: int, window: jax.Array, causal: bool) -> _Blocks:
+def _plan(
+    tiles: Tiles, page_size: int, pages: int, window: jax.Array, causal: bool
+) -> tuple[jax.Array, jax.Array]:
     """Finds the blocks of `pages` pages that some live query can see.
 
     Every tile counts its blocks from its own first page. Its sums are therefore taken in an order
     that depends on nothing but itself, whatever else is in the batch.
+
+    Returns:
+        Each tile's first page (i32[B], logical), and how many blocks all need (i32[]).
     """
     end = jnp.minimum(tiles.kv_lens, tiles.last + 1) if causal else tiles.kv_lens
-    start = jnp.where(window > 0, jnp.maximum(tiles.first - window + 1, 0), 0)
+    first = jnp.maximum(tiles.first, 0)  # a query before the sequence's start is below 0
+    start = jnp.where(window > 0, jnp.maximum(first - window + 1, 0), 0)
     first_page = start // page_size
     tokens = jnp.where(tiles.last >= 0, end - first_page * page_size, 0)
-    return _Blocks(first_page=first_page, count=jnp.max(_ceil_div(tokens, pages * page_size)))
+    return first_page, jnp.max(_ceil_div(tokens, pages * page_size))
 
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:
@@ -94,9 +83,8 @@ def _ceil_div(a: jax.Array, b: int) -> jax.Array:
     return jnp.maximum(a + b - 1, 0) // b
 
 
-def _page_ids(tiles: Tiles, blocks: _Blocks, j: jax.Array, pages: int) -> jax.Array:
-    """i32[B, pages], the physical pages of block `j`; entries past the table are the last."""
-    logical = blocks.first_page[:, None] + j * pages + jnp.arange(pages)
+def _page_ids(tiles: Tiles, logical: jax.Array) -> jax.Array:
+    """The physical pages of logical ones (both i32[B, pages]); past the table, its last entry."""
     last = tiles.block_tables.shape[1] - 1
     return jnp.take_along_axis(
         tiles.block_tables, jnp.minimum(logical, last), axis=1, mode="promise_in_bounds"
@@ -105,29 +93,24 @@ def _page_ids(tiles: Tiles, blocks: _Blocks, j: jax.Array, pages: int) -> jax.Ar
 
 def _visible(
     tiles: Tiles,
-    blocks: _Blocks,
-    j: jax.Array,
-    ids: jax.Array,
-    *,
-    num_pages: int,
+    is_page: jax.Array,
+    first: jax.Array,
     page_size: int,
     window: jax.Array,
-    causal: bool,
+    masking: Masking,
 ) -> tuple[jax.Array, jax.Array]:
-    """How many tokens each page of block `j` holds (i32[B, pages]), who sees them (bool[B, C, S]).
+    """Tokens held by pages that begin at token `first` (both i32[B, pages]), and who sees them.
 
     The sentinel (and any other number that is no page) hides its tokens: reading some other
-    sequence's page in its stead would be a leak.
+    sequence's page in its stead would be a leak. Who sees them is bool[B, C, S].
     """
-    first = (blocks.first_page[:, None] + j * ids.shape[1] + jnp.arange(ids.shape[1])) * page_size
-    is_page = (ids >= 0) & (ids < num_pages)
     held = jnp.where(is_page, jnp.clip(tiles.kv_lens[:, None] - first, 0, page_size), 0)
     offset = jnp.arange(page_size)
-    stored = (offset < held[..., None]).reshape(ids.shape[0], 1, -1)
-    position = (first[..., None] + offset).reshape(ids.shape[0], 1, -1)
+    stored = (offset < held[..., None]).reshape(first.shape[0], 1, -1)
+    position = (first[..., None] + offset).reshape(first.shape[0], 1, -1)
     distance = tiles.positions[:, :, None] - position
     seen = stored & tiles.live[:, :, None] & ((distance < window) | (window <= 0))
-    return held, seen & (distance >= 0) if causal else seen
+    return held, seen & (distance >= 0) if masking.causal else seen
 
 
 def _load(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) -> jax.Array:
@@ -189,6 +172,37 @@ def _scores(
     return jnp.where(mask, s, -jnp.inf), slope
 
 
+def _walk(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tiles: Tiles,
+    *,
+    layer: jax.Array,
+    window: jax.Array,
+    masking: Masking,
+    pages: int,
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+    """The walk over the pages of a batch of tiles; arguments as in `attend_tiles`.
+
+    Returns:
+        The number of blocks, i32[], and a function that reads block `j`: its page ids
+        i32[B, pages], its K and V f32[B, K, S, D], and what `_scores` returns.
+    """
+    num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
+    first_page, count = _plan(tiles, page_size, pages, window, masking.causal)
+
+    def read(j: jax.Array) -> tuple[jax.Array, ...]:
+        logical = first_page[:, None] + j * pages + jnp.arange(pages)
+        ids = _page_ids(tiles, logical)
+        is_page = (ids >= 0) & (ids < num_pages)
+        held, seen = _visible(tiles, is_page, logical * page_size, page_size, window, masking)
+        k, v = _load(k_pages, layer, ids, held), _load(v_pages, layer, ids, held)
+        return ids, k, v, *_scores(q, k, seen, masking.soft_cap)
+
+    return count, read
+
+
 def _by_kv_head(x: jax.Array, num_kv_heads: int) -> jax.Array:
     """`[B, C, K * G, ...] -> [B, K, C * G, ...]`: the queries that share a KV head, together."""
     b, c, h = x.shape[:3]
@@ -230,21 +244,16 @@ def attend_tiles(
         `o` f32[B, C, K * G, D] and `lse` f32[B, C, K * G]: partial results that merge with others
         of the same queries by log-sum-exp. 0 and -inf where nothing is visible.
     """
-    _, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    num_kv_heads, _, head_dim = k_pages.shape[2:]
     block_q = q.shape[1]
     q = _by_kv_head(q, num_kv_heads)
-    blocks = _plan(tiles, page_size, pages, window, masking.causal)
+    count, read = _walk(
+        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages
+    )
 
     def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         m, total, acc = carry
-        ids = _page_ids(tiles, blocks, j, pages)
-        held, seen = _visible(
-            tiles, blocks, j, ids,
-            num_pages=num_pages, page_size=page_size, window=window, causal=masking.causal,
-        )  # fmt: skip
-        k = _load(k_pages, layer, ids, held)
-        v = _load(v_pages, layer, ids, held)
-        s, _ = _scores(q, k, seen, masking.soft_cap)
+        _, _, v, s, _ = read(j)
         m_new = jnp.maximum(m, s.max(axis=-1))
         shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # nothing seen yet: exp(-inf), not NaN
         p = jnp.exp(s - shift[..., None])
@@ -259,7 +268,7 @@ def attend_tiles(
         jnp.zeros((*rows, head_dim), jnp.float32),
     )
     init = jax.tree.map(lambda x: varying_like(x, q), init)
-    m, total, acc = lax.fori_loop(0, blocks.count, step, init)
+    m, total, acc = lax.fori_loop(0, count, step, init)
     nothing = total == 0.0
     total = jnp.where(nothing, 1.0, total)
     lse = jnp.where(nothing, -jnp.inf, m + jnp.log(total))
@@ -307,7 +316,9 @@ def attend_tiles_backward(
     block_q = q.shape[1]
     q, do, lse, delta = (_by_kv_head(x, num_kv_heads) for x in (q, do, lse, delta))
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
-    blocks = _plan(tiles, page_size, pages, window, masking.causal)
+    count, read = _walk(
+        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages
+    )
 
     def add(acc: jax.Array, ids: jax.Array, block: jax.Array) -> jax.Array:
         # Pages may be shared by rows, and a page id may be the sentinel: add, and drop.
@@ -317,21 +328,12 @@ def attend_tiles_backward(
 
     def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         dq, dk_pages, dv_pages = carry
-        ids = _page_ids(tiles, blocks, j, pages)
-        held, seen = _visible(
-            tiles, blocks, j, ids,
-            num_pages=num_pages, page_size=page_size, window=window, causal=masking.causal,
-        )  # fmt: skip
-        k = _load(k_pages, layer, ids, held)
-        v = _load(v_pages, layer, ids, held)
-        s, slope = _scores(q, k, seen, masking.soft_cap)
+        ids, k, v, s, slope = read(j)
         p = jnp.exp(s - lse[..., None])
         ds = p * (_dot(do, v, 3, 3) - delta[..., None]) * slope
         dk_pages = add(dk_pages, ids, _dot(ds, q, 2, 2))
         dv_pages = add(dv_pages, ids, _dot(p, do, 2, 2))
         return dq + _dot(ds, k, 3, 2), dk_pages, dv_pages
 
-    dq, dk_pages, dv_pages = lax.fori_loop(
-        0, blocks.count, step, (jnp.zeros_like(q), dk_pages, dv_pages)
-    )
+    dq, dk_pages, dv_pages = lax.fori_loop(0, count, step, (jnp.zeros_like(q), dk_pages, dv_pages))
     return _by_token(dq, block_q), dk_pages, dv_pages

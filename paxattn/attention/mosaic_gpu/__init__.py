@@ -1,0 +1,1 @@
+"""Paged attention kernels for NVIDIA GPUs, in Pallas on Mosaic GPU."""

@@ -1,0 +1,71 @@
+"""What the Mosaic GPU kernels share: layouts of shared memory, and small idioms.
+
+Matrix operands lie in shared memory in tiles of 8 rows by one swizzle span of columns, as TMA
+writes and `wgmma` reads them without bank conflicts. Softmax works in base 2 (`exp2` is what the
+hardware has), so scores are scaled by `log2(e)` beforehand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+# Stands in for -inf as a running maximum: differences of it are finite, so that a tile which has
+# seen nothing yet needs no special case.
+LOWEST = -1e38
+
+
+def operand(*shape: int, dtype: Any, columns: int | None = None) -> Any:
+    """Shared memory for matrices that TMA writes or `wgmma` reads.
+
+    Args:
+        *shape: the last two are rows (a multiple of 8) and columns.
+        dtype: 16-bit.
+        columns: of the other operand of the product, if they are not this one's: both must have
+            the same swizzle.
+
+    Returns:
+        The scratch type, in the widest swizzle that the columns allow.
+    """
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits)
+    transforms = (
+        plgpu.TilingTransform((8, swizzle * 8 // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+# jax 0.10 wants an index, and later ones warn of it.
+_INDEX = (
+    [()]
+    if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    else []
+)
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Reads all of a reference into registers, in a layout."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+
+
+def barriers(count: int, arrivals: int = 1) -> Any:
+    """An array of barriers (jax 0.10 and 0.11 differ on what no number means)."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def across(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Spreads a vector along the other axis of `shape`: it has one number per place of `axis`."""
+    return jax.lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def capped(s: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(s / cap)`, by `exp2`: the hardware's own `tanh` keeps 11 bits only."""
+    return cap - (2.0 * cap) / (1.0 + jnp.exp2(s * (2.0 * LOG2E / cap)))

@@ -1,0 +1,89 @@
+"""Block sizes of the decode kernel, and how they are chosen where nothing was tuned.
+
+Nothing here imports Mosaic GPU: the choice of an implementation asks for it on any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
+_RESERVED_BYTES = 3 * 1024  # per thread block: barriers, the reductions' scratch, alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the decode kernel is cut.
+
+    Attributes:
+        block_kv: tokens per block, a multiple of 64; a multiple or a divisor of the page size.
+        stages: blocks of K and of V in flight per thread block.
+        num_cores: thread blocks; those that run at the same time do all the work.
+        split: tokens per item, a multiple of `block_kv`, for results that do not depend on the
+            batch, bit for bit. None: items of equal cost.
+    """
+
+    block_kv: int
+    stages: int
+    num_cores: int
+    split: int | None = None
+
+
+def max_rows(head_dim: int) -> int:
+    """Packed query rows (tokens x group) of a KV head that a tile may hold: registers end there."""
+    if head_dim <= 64:
+        return 64
+    return 48 if head_dim <= 128 else 24
+
+
+def packed_rows(max_q_len: int, group: int) -> int:
+    """Rows of a query tile: tokens x group in whole multiples of 8, as the tensor cores want."""
+    return -(-max_q_len * group // 8) * 8
+
+
+def value_dim(head_dim: int) -> int:
+    """Columns of the kernel's output: the tensor cores compute 64 rows of `V^T P^T` at a time."""
+    return -(-head_dim // 64) * 64
+
+
+def shared_bytes(config: Config, *, rows: int, head_dim: int) -> int:
+    """Bytes of shared memory that a thread block's arrays take.
+
+    Args:
+        config: the config.
+        rows: of a query tile, from `packed_rows`.
+        head_dim: elements per head.
+
+    Returns:
+        The sum over the ring of K and V, two query tiles and the tile of probabilities.
+    """
+    ring = 2 * config.stages * config.block_kv * head_dim
+    return 2 * (ring + 2 * rows * head_dim + rows * config.block_kv)
+
+
+def default_config(
+    *, rows: int, head_dim: int, num_sms: int = 132, split: int | None = None
+) -> Config:
+    """Chooses as many stages as fit, for two thread blocks per multiprocessor where they do.
+
+    Two blocks hide each other's waits (a block of 64 tokens passes through two dependent matrix
+    products), but large tiles need the registers of one.
+
+    Args:
+        rows: of a query tile, from `packed_rows`.
+        head_dim: elements per head.
+        num_sms: multiprocessors of the device.
+        split: as in `Config`.
+
+    Returns:
+        The config.
+    """
+    for per_sm in (2, 1) if rows <= 16 else (1,):
+        room = _SHARED_BYTES // per_sm - _RESERVED_BYTES
+        for stages in (4, 3, 2):
+            config = Config(block_kv=64, stages=stages, num_cores=per_sm * num_sms, split=split)
+            if shared_bytes(config, rows=rows, head_dim=head_dim) <= room:
+                return config
+    raise NotImplementedError(
+        f"{rows=} of {head_dim=} exceed the shared memory of a multiprocessor"
+    )

@@ -1,0 +1,392 @@
+"""The decode kernel for Hopper: a tile of up to 64 packed query rows per KV head reads paged KV.
+
+Letters: R rows (sequences), H KV heads, Q packed query rows (new tokens x group, token-major,
+padded to a multiple of 8), D head_dim, V columns of a value (D rounded up to 64), L layers, N
+pages, P `page_size`, B `block_kv` tokens, S slots for partial results.
+
+Products are swapped. The tensor cores multiply 64 rows at a time, and a decode step has one to 16
+queries per KV head: so tokens take the place of rows,
+
+    S^T [B, Q] = K [B, D] Q^T [D, Q]       then       O^T [V, Q] += V^T [V, B] P^T [B, Q]
+
+which wastes nothing, and keeps the accumulator small (V x Q numbers over 128 threads: two thread
+blocks fit a multiprocessor). The softmax runs over the rows of S^T, so its maximum crosses warps
+(once per block); sums stay per thread until the end of an item. P must change from the layout of an
+accumulator to that of an operand, and passes through shared memory.
+
+The grid is persistent: `num_cores` thread blocks, each with its own list of items from
+`schedule_decode`: a run of blocks of one (row, KV head). A thread block has two warpgroups:
+
+* the *producer*, a single warp: per item one copy of the query tile, per block one TMA copy for
+  each page of K and of V (a page of one head is a contiguous [P, D] tile of the stacked pool,
+  `k_pages[layer, page, head]`; of a page larger than a block, a part), into rings of `stages`
+  blocks. It runs ahead of the consumer, also into the next items. Page numbers are loaded a block
+  ahead, items an item ahead.
+* the *consumer*: four warps for the arithmetic.
+
+Barriers, one per place in a ring: `*_full` is completed by the copies (a block has an arrival per
+page), `*_free` by the consumer once its product has read the place. The producer waits for a place
+to be free from the second time round, and for the last frees before it leaves.
+
+What may not be read: entries of the block table that are no page (the number is clamped for the
+copy, its tokens are masked), and slots behind the last token, which may hold NaN: scores there are
+replaced, and rows of V are zeroed, since 0 * NaN is NaN (only in blocks that are not full). Pages
+before a sliding window are not copied.
+
+The accumulator goes from registers to global memory as it is, [V, Q]: whole sectors are written,
+and nothing is staged. A unit in one piece gives its final result; a piece of one gives f32 partial
+results, o normalised, to be merged (`merge.py`). The log-sum-exp is in base 2 here, and about
+`LOWEST` where nothing was seen.
+
+The interpreter checks the numbers, the barriers and races, but sees neither layouts, nor
+alignment, nor that `wgmma` is asynchronous, nor a missing `commit_smem`; the compile tests see
+the former two; only a GPU sees the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from paxattn.attention import schedule as plan
+from paxattn.attention.mosaic_gpu.common import LOG2E, LOWEST, across, capped, load
+from paxattn.attention.mosaic_gpu.config import Config
+
+_WGMMA = plgpu.Layout.WGMMA
+_COLUMNS = _WGMMA.reduce(0)  # one number per column of such an array
+_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+QUERY_TILES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What is static about one compiled kernel.
+
+    Attributes:
+        rows: Q.
+        head_dim: D.
+        page_size: P.
+        num_pages: N.
+        max_pages: entries of a row's block table.
+        group: query heads per KV head.
+        single: whether no row has more than one new token.
+        causal: whether a query is blind to later positions.
+        soft_cap: on scaled scores, or None.
+        dtype: of queries and pages.
+        config: block sizes.
+    """
+
+    rows: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    max_pages: int
+    group: int
+    single: bool
+    causal: bool
+    soft_cap: float | None
+    dtype: Any
+    config: Config
+
+    @property
+    def lazy(self) -> bool:
+        """Whether sums stay per thread until an item's end: cheaper, but takes B x Q numbers."""
+        return self.rows <= 16
+
+    @property
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        """(First column, size) of the parts of V that are multiplied at a time.
+
+        The tensor cores compute multiples of 64 rows of O^T: where D is none, two parts overlap.
+        Large tiles have not the registers for the product of all columns beside its sum.
+        """
+        if self.head_dim % 64 == 0 and self.rows <= 16:
+            return ((0, self.head_dim),)
+        return tuple((column, 64) for column in self.columns)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """First columns of parts of 64 that cover V."""
+        return tuple(sorted({*range(0, self.head_dim - 63, 64), self.head_dim - 64}))
+
+    @property
+    def pages(self) -> int:
+        """Pages per block: 1 where a page holds several blocks."""
+        return max(self.config.block_kv // self.page_size, 1)
+
+
+class Inputs(NamedTuple):
+    """In global memory."""
+
+    q: Any  # [R, H, Q, D]
+    k_pages: Any  # [L, N, H, P, D]
+    v_pages: Any  # same
+    block_tables: Any  # i32[R, M]
+    items: Any  # i32[W, COLUMNS]
+    core_items: Any  # i32[C + 1]
+    numbers: Any  # i32[2]: layer, window
+    scale: Any  # f32[1], of scores, log2(e) included
+
+
+class Outputs(NamedTuple):
+    """In global memory."""
+
+    o: Any  # [R, H, V, Q]
+    lse: Any  # f32[R, H, Q]
+    o_parts: Any  # f32[S, V, Q]
+    lse_parts: Any  # f32[S, Q]
+
+
+class Scratch(NamedTuple):
+    """In shared memory, of one thread block."""
+
+    q: Any  # [2, Q, D]
+    k: Any  # [stages, B, D]
+    v: Any  # [stages, B, V]
+    p: Any  # [Q, B]
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    k_free: Any
+    v_full: Any
+    v_free: Any
+
+
+class _Item(NamedTuple):
+    """A line of the schedule, as scalars."""
+
+    row: jax.Array
+    head: jax.Array
+    token: jax.Array
+    blocks: jax.Array
+    slot: jax.Array
+    kv_len: jax.Array
+    q_len: jax.Array
+
+
+def _load_item(items: Any, i: jax.Array) -> _Item:
+    i = jnp.minimum(i, items.shape[0] - 1)  # the one after the last is loaded, but not used
+    return _Item(*(items[i, column] for column in range(plan.COLUMNS)))
+
+
+def _page_numbers(tables: Any, item: _Item, block: jax.Array, t: Tile) -> tuple[jax.Array, ...]:
+    """A block's page numbers; past the row's last page that page again (it is in the cache)."""
+    last = jnp.minimum(lax.div(item.kv_len - 1, jnp.int32(t.page_size)), t.max_pages - 1)
+    first = lax.div(item.token + block * t.config.block_kv, jnp.int32(t.page_size))
+    return tuple(tables[item.row, jnp.minimum(first + i, last)] for i in range(t.pages))
+
+
+def produce(x: Inputs, s: Scratch, first: jax.Array, last: jax.Array, t: Tile) -> None:
+    """What the producer warp does with items `first` to `last`: see the top of this file."""
+    stages = jnp.int32(t.config.stages)
+    layer = x.numbers[0]
+
+    def one_item(i: jax.Array, carry: tuple) -> tuple:
+        place, item = carry
+        following = _load_item(x.items, i + 1)
+        tile = lax.rem(i - first, jnp.int32(QUERY_TILES))
+
+        @pl.when(i - first >= QUERY_TILES)
+        def _() -> None:
+            plgpu.barrier_wait(s.q_free.at[tile])
+
+        plgpu.copy_gmem_to_smem(x.q.at[item.row, item.head], s.q.at[tile], s.q_full.at[tile])
+
+        def one_block(block: jax.Array, carry: tuple) -> tuple:
+            place, numbers = carry
+            at = lax.rem(place, stages)
+            ahead = _page_numbers(x.block_tables, item, block + 1, t)
+            size = min(t.page_size, t.config.block_kv)
+            part = lax.div(item.token, jnp.int32(size)) + block  # (of a page of several blocks)
+            part = lax.rem(part, jnp.int32(t.page_size // size)) * size
+            inside = pl.ds(0 if size == t.page_size else part, size)
+
+            def copy(pages: Any, ring: Any, free: Any, full: Any) -> None:
+                pl.when(place >= stages)(lambda: plgpu.barrier_wait(free.at[at]))
+                for p, number in enumerate(numbers):
+                    page = jnp.clip(number, 0, t.num_pages - 1)
+                    source = pages.at[layer, page, item.head, inside]
+                    to = ring.at[at, pl.ds(p * size, size)]
+                    plgpu.copy_gmem_to_smem(source, to, full.at[at])
+
+            copy(x.k_pages, s.k, s.k_free, s.k_full)
+            copy(x.v_pages, s.v, s.v_free, s.v_full)
+            return place + 1, ahead
+
+        numbers = _page_numbers(x.block_tables, item, jnp.int32(0), t)
+        place, _ = lax.fori_loop(0, item.blocks, one_block, (place, numbers))
+        return place, following
+
+    place, _ = lax.fori_loop(first, last, one_item, (jnp.int32(0), _load_item(x.items, first)))
+
+    @pl.loop(jnp.maximum(place - stages, 0), place)
+    def drain_blocks(i: jax.Array) -> None:
+        plgpu.barrier_wait(s.k_free.at[lax.rem(i, stages)])
+        plgpu.barrier_wait(s.v_free.at[lax.rem(i, stages)])
+
+    @pl.loop(jnp.maximum(last - QUERY_TILES, first), last)
+    def drain_tiles(i: jax.Array) -> None:
+        plgpu.barrier_wait(s.q_free.at[lax.rem(i - first, jnp.int32(QUERY_TILES))])
+
+
+def _stored(token: jax.Array, offset: jax.Array, item: _Item, pages: jax.Array, t: Tile) -> Any:
+    """Whether a token is the row's: before its end, and in a page (`pages` has a bit for each)."""
+    page = lax.shift_right_logical(pages, lax.div(offset, jnp.int32(t.page_size)))
+    return (token < item.kv_len) & ((page & 1) == 1)
+
+
+def _is_page(numbers: tuple[jax.Array, ...], t: Tile) -> jax.Array:
+    """Bit `i` tells whether number `i` is that of a page."""
+    bits = jnp.int32(0)
+    for i, number in enumerate(numbers):
+        bits += ((number >= 0) & (number < t.num_pages)).astype(jnp.int32) << i
+    return bits
+
+
+def _mask(
+    s: jax.Array, first: jax.Array, item: _Item, pages: jax.Array, window: jax.Array, t: Tile
+) -> Any:
+    """Scores [B, Q] of a block that begins with token `first`, -inf for what is not seen."""
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, s.shape, layout=_WGMMA)
+    offset = iota(0)
+    token = first + offset
+    position = item.kv_len - item.q_len
+    if not t.single:
+        position += lax.div(iota(1), jnp.int32(t.group))
+    seen = _stored(token, offset, item, pages, t) & (token > position - window)
+    if t.causal and not t.single:
+        seen &= token <= position
+    return jnp.where(seen, s, -jnp.inf)
+
+
+def _clear_unstored(v: Any, first: jax.Array, item: _Item, pages: jax.Array, t: Tile) -> None:
+    """Zeroes what is not the row's in a block of V, if there is any: it may be NaN."""
+    size = t.config.block_kv
+    all_pages = (1 << t.pages) - 1
+
+    @pl.when((first + size > item.kv_len) | (pages != all_pages))
+    def _() -> None:
+        offset = plgpu.broadcasted_iota(jnp.int32, (size, 64), 0, layout=_WGMMA)
+        keep = _stored(first + offset, offset, item, pages, t)
+        for column in t.columns:
+            part = v.at[:, pl.ds(column, 64)]
+            old = load(part, _WGMMA)
+            part[...] = jnp.where(keep, old, jnp.zeros_like(old))
+        plgpu.commit_smem()
+
+
+def consume(
+    x: Inputs, out: Outputs, s: Scratch, first: jax.Array, last: jax.Array, t: Tile
+) -> None:
+    """What the consumer warpgroup does with them."""
+    stages, block_kv = jnp.int32(t.config.stages), t.config.block_kv
+    scale, window = x.scale[0], x.numbers[1]
+
+    def one_item(i: jax.Array, carry: tuple) -> tuple:
+        place, item = carry
+        following = _load_item(x.items, i + 1)
+        tile = lax.rem(i - first, jnp.int32(QUERY_TILES))
+        plgpu.barrier_wait(s.q_full.at[tile])
+
+        def one_block(block: jax.Array, carry: tuple) -> tuple:
+            place, numbers, top, total, acc = carry
+            at = lax.rem(place, stages)
+            ahead = _page_numbers(x.block_tables, item, block + 1, t)
+            pages = _is_page(numbers, t)
+            token = item.token + block * block_kv
+
+            def q_dot_k(scores: Any) -> jax.Array:
+                plgpu.wgmma(scores, s.k.at[at], s.q.at[tile].transpose((1, 0)))
+                return scores[...]
+
+            plgpu.barrier_wait(s.k_full.at[at])
+            scores = pl.run_scoped(q_dot_k, plgpu.ACC((block_kv, t.rows), jnp.float32))
+            plgpu.barrier_arrive(s.k_free.at[at])
+            scores = _scaled(scores, scale, t)
+            scores = _mask(scores, token, item, pages, window, t)
+            new_top = jnp.maximum(top, scores.max(axis=0))
+            decay = jnp.exp2(top - new_top)
+            p = jnp.exp2(scores - across(new_top, scores.shape, 1))
+            if t.lazy:
+                total = total * across(decay, total.shape, 1) + p
+            else:
+                total = total * decay + p.sum(axis=0)
+            acc = tuple(a * across(decay, a.shape, 1) for a in acc)
+            s.p.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(t.dtype), _TRANSPOSED)
+            plgpu.commit_smem()
+
+            def p_dot_v(product: Any, columns: tuple[int, int]) -> jax.Array:
+                v = s.v.at[at, :, pl.ds(*columns)]
+                plgpu.wgmma(product, v.transpose((1, 0)), s.p.transpose((1, 0)))
+                return product[...]
+
+            plgpu.barrier_wait(s.v_full.at[at])
+            _clear_unstored(s.v.at[at], token, item, pages, t)
+            # Fresh accumulators each time: the interpreter has no other.
+            acc = tuple(
+                a
+                + pl.run_scoped(
+                    functools.partial(p_dot_v, columns=columns),
+                    plgpu.ACC((columns[1], t.rows), jnp.float32),
+                )
+                for a, columns in zip(acc, t.chunks, strict=True)
+            )
+            plgpu.barrier_arrive(s.v_free.at[at])
+            return place + 1, ahead, new_top, total, acc
+
+        numbers = _page_numbers(x.block_tables, item, jnp.int32(0), t)
+        start = (
+            place,
+            numbers,
+            plgpu.layout_cast(jnp.full((t.rows,), LOWEST, jnp.float32), _COLUMNS),
+            plgpu.layout_cast(jnp.zeros((block_kv, t.rows), jnp.float32), _WGMMA)
+            if t.lazy
+            else plgpu.layout_cast(jnp.zeros((t.rows,), jnp.float32), _COLUMNS),
+            tuple(
+                plgpu.layout_cast(jnp.zeros((size, t.rows), jnp.float32), _WGMMA)
+                for _, size in t.chunks
+            ),
+        )
+        place, _, top, total, acc = lax.fori_loop(0, item.blocks, one_block, start)
+        plgpu.barrier_arrive(s.q_free.at[tile])
+        _finish(out, item, top, total.sum(axis=0) if t.lazy else total, acc)
+        return place, following
+
+    lax.fori_loop(first, last, one_item, (jnp.int32(0), _load_item(x.items, first)))
+
+
+def _scaled(scores: jax.Array, scale: jax.Array, t: Tile) -> jax.Array:
+    """Scores in base 2, capped if asked for."""
+    if t.soft_cap is None:
+        return scores * scale
+    return capped(scores * (scale * (1.0 / LOG2E)), t.soft_cap) * LOG2E
+
+
+def _finish(out: Outputs, item: _Item, top: jax.Array, total: jax.Array, acc: tuple) -> None:
+    """Writes an item's result, [V, Q], where it belongs."""
+    nothing = total == 0.0
+    total = jnp.where(nothing, 1.0, total)
+    lse = jnp.where(nothing, LOWEST, top + jnp.log2(total))
+
+    def write(o_ref: Any, lse_ref: Any) -> None:
+        begin = 0
+        for a in acc:
+            o = (a * across(1.0 / total, a.shape, 1)).astype(o_ref.dtype)
+            o_ref[pl.ds(begin, a.shape[0])] = o
+            begin += a.shape[0]
+        lse_ref[...] = lse
+
+    @pl.when(item.slot < 0)
+    def _() -> None:
+        write(out.o.at[item.row, item.head], out.lse.at[item.row, item.head])
+
+    @pl.when(item.slot >= 0)
+    def _() -> None:
+        write(out.o_parts.at[item.slot], out.lse_parts.at[item.slot])

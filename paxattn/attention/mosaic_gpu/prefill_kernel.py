@@ -1,0 +1,361 @@
+"""The body of the prefill kernel; `prefill` says how it works.
+
+Letters as there: L layers, N pages, P `page_size`, D head_dim, Hkv KV heads, G group, R rows, M
+`max_pages_per_seq`, S `block_kv`, B tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from paxattn.attention.mosaic_gpu.common import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    across,
+    barriers,
+    capped,
+    load,
+    operand,
+)
+from paxattn.attention.mosaic_gpu.prefill_config import TILE
+from paxattn.attention.mosaic_gpu.prefill_tiles import Tile
+from paxattn.attention.mosaic_gpu.prefill_work import (
+    Item,
+    Refs,
+    Static,
+    Walk,
+    item_at,
+    num_items,
+    walk_of,
+)
+
+CONSUMERS = 2
+ROWS = TILE // CONSUMERS  # packed query rows of one: M of a wgmma
+_WGMMA = plgpu.Layout.WGMMA
+_i32 = jnp.int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """SMEM and barriers."""
+
+    q: Any  # [2, 64, D]
+    k: Any  # [stages, S, D]
+    v: Any
+    lse: Any  # f32[2, 64]
+    q_there: Any
+    k_there: Any
+    v_there: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    o: Any = None  # [2, 64, D], or None: in q
+    p: Any = None  # [2, 64, S], in the interpreter only
+
+
+def scratch(s: Static) -> dict[str, Any]:
+    """The kernel's `Scratch`, as types."""
+    block, stages = s.config.block_kv, s.config.stages
+    rows = operand(CONSUMERS, ROWS, s.head_dim, dtype=s.dtype)
+    ring = operand(stages, block, s.head_dim, dtype=s.dtype)
+    there, free = barriers(stages, s.copies), barriers(stages, CONSUMERS)
+    out = dict(
+        q=rows,
+        k=ring,
+        v=ring,
+        lse=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        q_there=barriers(CONSUMERS),
+        k_there=there,
+        v_there=there,
+        k_free=free,
+        v_free=free,
+        turn=barriers(1, CONSUMERS),
+    )
+    if s.config.own_output(s.head_dim):
+        out |= dict(o=rows)
+    if s.interpret:
+        out |= dict(p=operand(CONSUMERS, ROWS, block, dtype=s.dtype))
+    return out
+
+
+# The producer.
+
+
+def _produce(s: Static, refs: Refs, smem: Scratch) -> None:
+    """The producer warp: fills the ring, item after item."""
+    stages, copy = s.config.stages, s.copy
+    layer, window = refs.numbers[2], refs.numbers[3]
+
+    def work(nth: jax.Array, filled: jax.Array) -> jax.Array:
+        item = item_at(s, refs, nth)
+        walk = walk_of(s, item.tile, window)
+        last = lax.div(jnp.maximum(item.tile.stored, 1) - 1, _i32(s.page_size))
+
+        def step(j: jax.Array, filled: jax.Array) -> jax.Array:
+            slot = lax.rem(filled, _i32(stages))
+            first = walk.start + walk.block(j) * s.config.block_kv
+            logical = lax.div(first, _i32(s.page_size))
+            part = lax.div(first - logical * s.page_size, _i32(copy))  # of a page larger than S
+
+            def page(i: int) -> jax.Array:
+                """Of copy `i`; past the end the last page once more."""
+                entry = refs.block_tables[item.tile.row, jnp.minimum(logical + i, last)]
+                return jnp.clip(entry, 0, s.num_pages - 1)
+
+            # Asked for before the wait for a free slot, and there when it ends.
+            ids = [page(i) for i in range(min(s.copies, s.early))]
+            for pool, ring, there, free in (
+                (refs.k_pages, smem.k, smem.k_there, smem.k_free),
+                (refs.v_pages, smem.v, smem.v_there, smem.v_free),
+            ):
+                pl.when(filled >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                for i in range(s.copies):
+                    source = pool.at[layer, ids[i] if i < len(ids) else page(i), item.head]
+                    if copy < s.page_size:
+                        source = source.at[pl.ds(part * copy, copy)]
+                    target = ring.at[slot, pl.ds(i * copy, copy)]
+                    plgpu.copy_gmem_to_smem(source, target, there.at[slot])
+            return filled + 1
+
+        return lax.fori_loop(0, walk.blocks, step, filled)
+
+    filled = lax.fori_loop(0, num_items(s, refs), work, _i32(0))
+
+    @pl.loop(jnp.maximum(filled - stages, 0), filled)
+    def _drain(i: jax.Array) -> None:
+        plgpu.barrier_wait(smem.k_free.at[lax.rem(i, _i32(stages))])
+        plgpu.barrier_wait(smem.v_free.at[lax.rem(i, _i32(stages))])
+
+
+# The consumers.
+
+
+class _Bounds(NamedTuple):
+    """What a consumer's packed rows see, i32[64] (a scalar for what is the same for all)."""
+
+    lowest: Any  # first position; None without a window
+    highest: Any  # last position
+
+
+def _bounds(s: Static, tile: Tile, window: jax.Array) -> _Bounds:
+    if not s.causal:
+        return _Bounds(None, tile.stored - 1)
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_WGMMA.reduce(1))
+    packed = row + (tile.first_packed + lax.axis_index("wg") * ROWS)
+    position = lax.div(packed, jnp.full_like(packed, s.group)) + tile.history
+    lowest = position - (jnp.where(window > 0, window, 2**30) - 1) if s.window else None
+    return _Bounds(lowest, jnp.minimum(position, tile.stored - 1))
+
+
+def _masked(scores: jax.Array, bounds: _Bounds, first: jax.Array) -> jax.Array:
+    """Scores of tokens that a row does not see become -inf; `first` is the block's first token."""
+    column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_WGMMA)
+    last = bounds.highest - first
+    seen = column <= (across(last, scores.shape, 0) if last.ndim else last)
+    if bounds.lowest is not None:
+        seen = seen & (column >= across(bounds.lowest - first, scores.shape, 0))
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def _clear_past(v: Any, left: jax.Array) -> None:
+    """Zeroes a block's value rows from number `left` on, in SMEM, a few registers at a time."""
+    columns = math.gcd(v.shape[1], 64)
+    row = plgpu.broadcasted_iota(jnp.int32, (64, columns), 0, layout=_WGMMA)
+    for top, at in itertools.product(range(0, v.shape[0], 64), range(0, v.shape[1], columns)):
+        part = v.at[pl.ds(top, 64), pl.ds(at, columns)]
+        values = load(part, _WGMMA)
+        part[...] = jnp.where(row < left - top, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
+
+
+def _add_product(
+    s: Static, acc: jax.Array, p: jax.Array, p_smem: Any, v: Any, meanwhile: Callable[[], None]
+) -> jax.Array:
+    """`acc + p @ v`, and something to do while the tensor cores are at it."""
+    if s.interpret:
+        p_smem[...] = p
+        plgpu.commit_smem()
+
+        def fresh(ref: Any) -> jax.Array:
+            plgpu.wgmma(ref, p_smem, v)
+            return ref[...]
+
+        meanwhile()
+        return acc + pl.run_scoped(fresh, plgpu.ACC((ROWS, s.head_dim), jnp.float32))
+
+    def more(ref: Any) -> None:
+        plgpu.wgmma(ref, p, v)
+        meanwhile()
+
+    return pl.run_state(more)(plgpu.ACC.init(acc))
+
+
+def _take_turn(smem: Scratch) -> None:
+    plgpu.barrier_arrive(smem.turn)
+    plgpu.barrier_wait(smem.turn)
+
+
+def _fold(
+    s: Static,
+    smem: Scratch,
+    scale: jax.Array,
+    tile: Tile,
+    walk: Walk,
+    bounds: _Bounds,
+    edge: bool,
+    step: jax.Array,
+    carry: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    """Folds one block into a consumer's running sums.
+
+    Args:
+        s: static.
+        smem: SMEM.
+        scale: of scores.
+        tile: the tile.
+        walk: its blocks.
+        bounds: what its rows see.
+        edge: whether the block may hold what some row does not see.
+        step: of the walk.
+        carry: blocks folded by this CTA so far; O f32[64, D] and the softmax's sum f32[64], both
+            relative to the maximum f32[64], which is in units of log2(e).
+
+    Returns:
+        The new carry.
+    """
+    folded, acc, top, total = carry
+    wg, block = lax.axis_index("wg"), s.config.block_kv
+    slot = lax.rem(folded, _i32(s.config.stages))
+    first = walk.start + walk.block(step) * block
+
+    def q_k(ref: Any) -> jax.Array:
+        plgpu.wgmma(ref, smem.q.at[wg], smem.k.at[slot].transpose((1, 0)))
+        _take_turn(smem)
+        return ref[...]
+
+    scores = pl.run_scoped(q_k, plgpu.ACC((ROWS, block), jnp.float32))
+    plgpu.barrier_arrive(smem.k_free.at[slot])
+    if s.soft_cap is not None:
+        scores, scale = capped(scores * scale, s.soft_cap), jnp.float32(LOG2E)
+    if edge:
+        scores = _masked(scores, bounds, first)
+    new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+    fade = jnp.exp2(top - new_top)
+    p = jnp.exp2(scores * scale - across(new_top, scores.shape, 0))
+    acc = acc * across(fade, acc.shape, 0)
+    total = total * fade + p.sum(axis=1)
+    # The whole softmax is to happen on this side of the barrier.
+    acc, total, top, p = lax.optimization_barrier((acc, total, new_top, p.astype(s.dtype)))
+    plgpu.barrier_arrive(smem.turn)
+    plgpu.barrier_wait(smem.v_there.at[slot])
+    plgpu.barrier_wait(smem.turn)
+    if edge:
+        left = tile.stored - first
+        pl.when((wg == 0) & (left < block))(lambda: _clear_past(smem.v.at[slot], left))
+
+    def await_next_keys() -> None:
+        @pl.when(step + 1 < walk.blocks)
+        def _() -> None:
+            plgpu.barrier_wait(smem.k_there.at[lax.rem(folded + 1, _i32(s.config.stages))])
+
+    p_smem = smem.p.at[wg] if s.interpret else None
+    acc = _add_product(s, acc, p, p_smem, smem.v.at[slot], await_next_keys)
+    plgpu.barrier_arrive(smem.v_free.at[slot])
+    return folded + 1, acc, top, total
+
+
+def _consume(s: Static, refs: Refs, smem: Scratch) -> None:
+    """A consumer warpgroup: 64 rows of every item."""
+    wg, window, scale = lax.axis_index("wg"), refs.numbers[3], refs.scale[0]
+    q, lse_out = smem.q.at[wg], smem.lse.at[wg]
+    o_out = q if smem.o is None else smem.o.at[wg]
+
+    def mine(item: Item) -> tuple:
+        return item.head, item.tile.place, pl.ds(wg * ROWS, ROWS)
+
+    def fetch_queries(item: Item) -> None:
+        plgpu.copy_gmem_to_smem(refs.q.at[mine(item)], q, smem.q_there.at[wg])
+
+    def work(nth: jax.Array, carry: tuple[jax.Array, Item]) -> tuple[jax.Array, Item]:
+        folded, item = carry
+        early = smem.o is not None
+        ahead = item_at(s, refs, nth + 1) if early else item  # (where registers are not so scarce)
+        walk, bounds = walk_of(s, item.tile, window), _bounds(s, item.tile, window)
+        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x), _WGMMA.reduce(1))  # noqa: E731
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, s.head_dim), jnp.float32), _WGMMA)
+        sums = folded, acc, vector(jnp.float32(LOWEST)), vector(jnp.float32(0))
+        plgpu.barrier_wait(smem.q_there.at[wg])
+
+        @pl.when(walk.blocks > 0)
+        def _() -> None:
+            plgpu.barrier_wait(smem.k_there.at[lax.rem(folded, _i32(s.config.stages))])
+
+        pl.when(wg == 1)(lambda: _take_turn(smem))
+        fold = functools.partial(_fold, s, smem, scale, item.tile, walk, bounds)
+        sums = lax.fori_loop(0, walk.num_plain, functools.partial(fold, False), sums)
+        sums = lax.fori_loop(walk.num_plain, walk.blocks, functools.partial(fold, True), sums)
+        folded, acc, top, total = sums
+        pl.when(wg == 0)(lambda: _take_turn(smem))
+
+        if early:
+            fetch_queries(ahead)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        nothing = total == 0.0
+        acc = acc * across(1.0 / jnp.where(nothing, 1.0, total), acc.shape, 0)
+        o_out[...] = acc.astype(s.dtype)
+        lse_out[...] = jnp.where(nothing, -jnp.inf, top * LN2 + jnp.log(total))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_out, refs.o.at[mine(item)])
+        plgpu.copy_smem_to_gmem(lse_out, refs.lse.at[mine(item)])
+        if not early:
+            ahead = item_at(s, refs, nth + 1)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            fetch_queries(ahead)
+        return folded, ahead
+
+    first = item_at(s, refs, _i32(0))
+    fetch_queries(first)
+    lax.fori_loop(0, num_items(s, refs), work, (_i32(0), first))
+    plgpu.barrier_wait(smem.q_there.at[wg])  # one more than there are items
+    plgpu.wait_smem_to_gmem(0)
+
+
+def kernel(s: Static) -> Callable[..., None]:
+    """Makes the kernel.
+
+    Args:
+        s: static.
+
+    Returns:
+        The three warpgroups of a CTA: a function of the fields of `Refs` and, by name, `Scratch`.
+    """
+
+    def paged_prefill(*refs: Any, **smem: Any) -> None:
+        wg, (most, least) = lax.axis_index("wg"), s.registers
+
+        @pl.when(wg == CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(least, action="decrease")
+
+            @plgpu.warp_map
+            def _(warp: jax.Array) -> None:
+                pl.when(warp == 0)(lambda: _produce(s, Refs(*refs), Scratch(**smem)))
+
+        @pl.when(wg < CONSUMERS)
+        def _consumer() -> None:
+            plgpu.set_max_registers(most, action="increase")
+            _consume(s, Refs(*refs), Scratch(**smem))
+
+    return paged_prefill

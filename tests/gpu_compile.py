@@ -1,0 +1,113 @@
+"""Compiles for an H200 on a machine without a GPU, and reads what ptxas says of the kernels.
+
+XLA compiles for a described device (`gpu_targets/`). That needs jax's CUDA plugin and the wheels
+with ptxas and NVVM, but neither a GPU nor a driver:
+
+    pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+
+One process compiles for one target, with settings made before jax starts. So a test module has a
+function `program(name)` that returns what to compile, `(function, arguments)` (a jitted function
+or a plain one, and arguments as `jax.ShapeDtypeStruct`s), and calls `compile_programs` with names,
+which runs this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def why_not() -> str | None:
+    """The reason why nothing can be compiled here, or None."""
+    if not importlib.util.find_spec("jax_cuda13_plugin"):
+        return "compiling for a GPU needs jax's CUDA plugin: the wheel jax-cuda13-plugin is missing"
+    if not any(Path(folder, "nvidia/cu13/bin/ptxas").exists() for folder in sys.path):
+        return "compiling for a GPU needs ptxas: the wheel nvidia-cuda-nvcc is missing"
+    return None
+
+
+def compile_programs(module: str, names: list[str], timeout: float = 280) -> dict[str, dict]:
+    """Compiles the named programs of a test module in a process of its own.
+
+    Returns:
+        By name: `kernels`, a list of dicts with `name`, `registers`, `spills` (bytes) and `shared`
+        (bytes of shared memory), and `temp` and `alias`, bytes of the whole program.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        settings = dict(
+            JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",  # (the libraries it looks for do not matter here)
+            MOSAIC_GPU_DUMP_TO=dump,
+            MOSAIC_GPU_DUMP_PTXAS="1",
+            TF_CPP_MIN_LOG_LEVEL="3",
+            PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
+        )
+        env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | settings
+        done = subprocess.run(
+            [sys.executable, __file__, module, *names],
+            env=env, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling {names} failed:\n{done.stderr[-6000:]}")
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def _read_dump(folder: Path) -> list[dict]:
+    """Reads, and removes, what Mosaic GPU has written about the kernels compiled since."""
+    kernels = []
+    for path in sorted(folder.glob("*.ptxas")):
+        said = path.read_text()
+        resources = path.with_suffix(".resources.txt").read_text()
+        spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+        kernels.append(
+            dict(
+                name=re.sub(r"_\d+$", "", path.stem),
+                registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
+                spills=sum(map(int, spilled)),
+                shared=int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]),
+            )
+        )
+    for path in folder.iterdir():
+        path.unlink()
+    return kernels
+
+
+def _main(module: str, *names: str) -> None:
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="h200",
+        topology="1x1x1",
+        target_config=(HERE / "gpu_targets" / "h200.txtpb").read_text(),
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    jax.sharding.set_mesh(mesh)  # the choice of an implementation asks the mesh
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    program = importlib.import_module(module).program
+    for name in names:
+        function, arguments = program(name)
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments
+        )
+        function = function if hasattr(function, "lower") else jax.jit(function)
+        memory = function.lower(*arguments).compile().memory_analysis()
+        facts = dict(
+            kernels=_read_dump(Path(os.environ["MOSAIC_GPU_DUMP_TO"])),
+            temp=memory.temp_size_in_bytes,
+            alias=memory.alias_size_in_bytes,
+        )
+        print(json.dumps([name, facts]), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

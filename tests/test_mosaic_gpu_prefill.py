@@ -1,0 +1,360 @@
+"""The prefill kernel for GPUs in Pallas' interpreter, and the plain functions around it.
+
+What the interpreter cannot see (layouts, registers, shared memory) is looked at by
+`test_mosaic_gpu_prefill_compile.py`. The memory that a kernel does not write is NaN here, and so
+is all that no row may read.
+"""
+
+import dataclasses
+import importlib.util
+
+import attention_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import Case
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paxattn.attention import checks
+from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles, prefill_work
+from paxattn.attention.mosaic_gpu.prefill import prefill_attention
+from paxattn.attention.mosaic_gpu.prefill_config import TILE, Config
+
+interpreted = pytest.mark.skipif(
+    not importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"),
+    reason="Pallas' GPU interpreter needs jax 0.11",
+)
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def run(inputs, *, ctas=2, chosen=None, min_packed=1, **changes):
+    """`(o, lse)` of the kernel in float64; fails if there was a race."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    case, options = inputs.case, inputs.options | changes
+    arrays = {
+        name: None if options[name] is None else jnp.asarray(options[name])
+        for name in ("block_tables", "kv_lens", "cu_q_lens", "layer", "sliding_window")
+    }
+
+    @jax.jit
+    def attend(q, k_pages, v_pages, arrays, chosen):
+        return prefill_attention(
+            q, k_pages, v_pages, **arrays, chosen=chosen, min_packed=min_packed,
+            sm_scale=jnp.float32(case.head_dim**-0.5), causal=case.causal, soft_cap=case.soft_cap,
+            config=prefill_config.default_config(head_dim=case.head_dim, num_sms=ctas),
+            interpret=plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan"),
+        )  # fmt: skip
+
+    try:
+        o, lse = attend(inputs.q, inputs.k_pages, inputs.v_pages, arrays, chosen)
+        assert o.dtype == inputs.q.dtype
+        assert lse.dtype == jnp.float32
+        out = np.asarray(o, np.float64), np.asarray(lse, np.float64)
+        assert not gpu_callbacks.get_races().races_found
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()  # (an error leaves it unusable)
+    return out
+
+
+def check(inputs, got, served=None):
+    """Compares with the oracle; of tokens that are not `served` (bool[T]), with nothing."""
+    (o, lse), (want_o, want_lse) = got, cases.oracle(inputs)
+    if served is not None:
+        want_o[~served], want_lse[~served] = 0.0, -np.inf
+    tolerance = cases.TOLERANCE[inputs.case.dtype]
+    np.testing.assert_allclose(o, want_o, atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    np.testing.assert_allclose(lse, want_lse, atol=cases.LSE_TOLERANCE, rtol=cases.LSE_TOLERANCE)
+    np.testing.assert_array_equal(o[np.isneginf(want_lse)], 0.0)  # exactly
+
+
+BF16, F16 = dict(dtype="bfloat16"), dict(dtype="float16")
+
+CASES = (
+    # (rows without tokens or queries, queries before their sequence's start, several items per CTA)
+    Case(
+        q_lens=(3, 70, 0, 9, 9), kv_lens=(10, 263, 40, 5, 0), **BF16, heads=(4, 2), layers=2,
+        padding=5,
+    ),
+    # (the sequence ends at a page's start and end, and one token further)
+    Case(q_lens=(1, 1, 1, 1), kv_lens=(1, 15, 16, 17), **F16, heads=(16, 1)),
+    # (a group that does not divide a tile; a window that begins inside a page; a plain block)
+    Case(q_lens=(50,), kv_lens=(450,), **BF16, heads=(3, 1), head_dim=128, window=290, page_size=8),
+    Case(q_lens=(130,), kv_lens=(200,), **F16, heads=(1, 1), head_dim=80, window=40, page_size=128),
+    Case(q_lens=(5,), kv_lens=(300,), **BF16, heads=(14, 2), causal=False, soft_cap=5.0),
+    # (blocks of 64 tokens: half a page each)
+    Case(q_lens=(40,), kv_lens=(170,), **BF16, heads=(2, 1), head_dim=256, page_size=128),
+    Case(q_lens=(33,), kv_lens=(290,), **F16, heads=(2, 1), page_size=256, window=70),
+)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_oracle_and_reads_no_poison(case):
+    inputs = cases.make(case)
+    check(inputs, run(cases.poison(inputs)))
+
+
+def grid():
+    """What of the full grid this kernel serves, in 16 bits; long sequences take minutes."""
+    seen = set()
+    for case in cases.full_grid():
+        if case.dtype == "float32":
+            case = dataclasses.replace(case, dtype="bfloat16")
+        few = [i for i, n in enumerate(case.kv_lens) if n <= 1100][:4]
+        case = dataclasses.replace(
+            case,
+            q_lens=tuple(case.q_lens[i] for i in few),
+            kv_lens=tuple(case.kv_lens[i] for i in few),
+            sinks=False,
+        )
+        if not declined(case) and case not in seen:
+            seen.add(case)
+            yield case
+
+
+def request(case):
+    inputs = cases.make(case)
+    return checks.check(inputs.q, inputs.k_pages, inputs.v_pages, **inputs.options)
+
+
+def declined(case):
+    try:
+        prefill_config.check(request(case))
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_whole_grid(case):
+    inputs = cases.make(case)
+    check(inputs, run(cases.poison(inputs), ctas=3))
+
+
+MIXED = Case(q_lens=(1, 40, 0, 20, 2), kv_lens=(30, 70, 9, 20, 90), **BF16, heads=(4, 1), padding=3)
+
+
+@interpreted
+def test_serves_the_chosen_rows_only():
+    inputs = cases.poison(cases.make(MIXED))
+    chosen = prefill_tiles.rows_above(jnp.asarray(inputs.cu_q_lens), group=4, packed_rows=64)
+    np.testing.assert_array_equal(chosen, [False, True, False, True, False])
+    served = np.repeat([*np.asarray(chosen), False], [*MIXED.q_lens, MIXED.padding])
+    inputs.q[~served] = np.nan
+    inputs.k_pages[inputs.block_tables[0, 0]] = np.nan  # of a row that is not chosen
+    got = run(inputs, chosen=chosen, min_packed=65)
+    check(cases.make(MIXED), got, served)
+
+
+@interpreted
+def test_no_row_is_chosen():
+    o, lse = run(cases.make(MIXED), chosen=jnp.zeros(5, bool))
+    np.testing.assert_array_equal(o, 0.0)
+    np.testing.assert_array_equal(lse, -np.inf)
+
+
+@interpreted
+def test_a_window_that_is_not_positive_is_none():
+    case = Case(q_lens=(20,), kv_lens=(90,), **BF16, heads=(2, 1))
+    inputs = cases.make(case)
+    check(inputs, run(inputs, sliding_window=np.int32(0)))
+
+
+@interpreted
+def test_a_missing_page_hides_what_follows():
+    """A sentinel (or any other number that is no page) must leak nobody's KV."""
+    case = Case(q_lens=(2, 2, 2), kv_lens=(60, 60, 60), **BF16, heads=(2, 1), causal=False)
+    inputs = cases.make(case)
+    inputs.block_tables[:, 1] = len(inputs.owned), -1, 2**31 - 1
+    check(dataclasses.replace(inputs, kv_lens=np.full(3, 16, np.int32)), run(inputs))
+
+
+@interpreted
+def test_many_pages():
+    inputs = cases.make(Case(q_lens=(20,), kv_lens=(90,), **BF16, heads=(2, 1), page_size=8))
+    num_pages, old = 40_000, len(inputs.owned)
+    moved = np.sort(np.random.default_rng(1).choice(np.arange(32_768, num_pages), old, False))
+
+    def spread(pages):
+        out = np.full((num_pages, *pages.shape[1:]), np.nan, pages.dtype)
+        out[moved] = pages
+        return out
+
+    far = dataclasses.replace(
+        inputs,
+        block_tables=np.append(moved, num_pages).astype(np.int32)[inputs.block_tables],
+        k_pages=spread(inputs.k_pages),
+        v_pages=spread(inputs.v_pages),
+    )
+    check(far, run(far))
+
+
+# The walk over a tile's blocks.
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("page_size", "head_dim"), [(8, 64), (128, 256), (256, 128)])
+def test_a_walk_visits_what_is_seen_and_masks_where_it_must(causal, page_size, head_dim):
+    """Against brute force, for random tiles, with and without a window."""
+    rng = np.random.default_rng(0)
+    config = prefill_config.default_config(head_dim=head_dim)
+    block = config.block_kv
+    static = prefill_work.Static(
+        group=3, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_pages=1,
+        dtype=jnp.bfloat16, causal=causal, window=causal, soft_cap=None, config=config,
+        interpret=True,
+    )  # fmt: skip
+    many = 300
+    q_len = rng.integers(1, 400, many)
+    kv_len = np.where(rng.random(many) < 0.2, q_len - 7, q_len + rng.integers(0, 900, many))
+    kv_len = np.maximum(kv_len, 1)
+    first_packed = rng.integers(0, -(-q_len * 3 // TILE)) * TILE
+    last_packed = np.minimum(first_packed + TILE, q_len * 3) - 1
+    stored = np.where(rng.random(many) < 0.1, np.maximum(kv_len // 2, 1), kv_len)
+    history = kv_len - q_len
+    window = rng.choice([0, -5, 1, 64, 200, 500], many)
+    tiles = prefill_tiles.Tile(
+        *(jnp.asarray(x, jnp.int32) for x in (
+            0 * q_len, 0 * q_len, first_packed, history, history + last_packed // 3, stored
+        ))
+    )  # fmt: skip
+    walks = jax.vmap(lambda tile, w: prefill_work.walk_of(static, tile, w))(
+        tiles, jnp.asarray(window, jnp.int32)
+    )
+    steps = jnp.arange(24, dtype=jnp.int32)
+    order = np.asarray(jax.vmap(lambda walk: walk.block(steps))(walks))
+    start, blocks, _, num_plain = (np.asarray(x) for x in walks)
+    for i in range(many):
+        position = history[i] + np.arange(first_packed[i], last_packed[i] + 1) // 3
+        token = np.arange(24 * block)
+        seen = np.broadcast_to(token < stored[i], (len(position), len(token)))
+        if causal:
+            seen = seen & (token <= position[:, None])
+            if window[i] > 0:
+                seen = seen & (token > position[:, None] - window[i])
+        visited = order[i, : blocks[i]]
+        assert sorted(visited) == list(range(blocks[i]))
+        tokens = start[i] + visited[:, None] * block + np.arange(block)
+        assert not np.delete(seen, tokens.ravel(), axis=1).any()
+        assert seen[:, tokens[: num_plain[i]]].all()
+        assert start[i] % static.copy == 0
+        for reach in tokens:  # no block is read in vain, but where a row's pages have a hole
+            assert seen[:, reach].any() or stored[i] < kv_len[i]
+
+
+# Tiles.
+
+
+def cut(q_lens, kv_lens, *, group=3, heads=2, chosen=None, tokens=None, **options):
+    q_lens, kv_lens = np.asarray(q_lens), np.asarray(kv_lens)
+    cu = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
+    options = (
+        dict(window=None, causal=True, token_bytes=512, num_pages=1000, min_packed=1) | options
+    )
+    tiles = prefill_tiles.cut(
+        block_tables=jnp.zeros((len(q_lens), 3000 // 16), jnp.int32),
+        kv_lens=jnp.asarray(kv_lens, jnp.int32),
+        cu_q_lens=cu,
+        chosen=jnp.ones(len(q_lens), bool) if chosen is None else jnp.asarray(chosen),
+        num_tokens=int(q_lens.sum()) if tokens is None else tokens,
+        group=group,
+        num_kv_heads=heads,
+        page_size=16,
+        **options,
+    )
+    return tiles, cu
+
+
+Q_LENS, KV_LENS = (200, 1, 0, 77, 43, 5), (900, 30, 10, 77, 0, 2900)
+
+
+def test_every_chosen_query_is_in_one_tile_and_comes_back():
+    chosen = np.array([True, False, True, True, True, True])
+    tiles, cu = cut(Q_LENS, KV_LENS, chosen=chosen, tokens=330)
+    live = chosen & (np.asarray(KV_LENS) > 0)
+    assert tiles.count == sum(-(-n * 3 // TILE) for n in np.asarray(Q_LENS)[live])
+    fields = np.asarray(tiles.fields)[: tiles.count]
+    assert sorted(fields[:, 0]) == list(range(tiles.count))
+    served = np.repeat([*live, False], [*Q_LENS, 330 - sum(Q_LENS)])
+    np.testing.assert_array_equal(tiles.served, served)
+
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((330, 6, 4)), jnp.bfloat16)
+    packed = prefill_tiles.pack_queries(q, tiles, cu, 2)
+    o, lse = prefill_tiles.unpack(packed, packed[..., 0].astype(jnp.float32), tiles, 330)
+    want = np.where(served[:, None, None], np.asarray(q, np.float32), 0)
+    np.testing.assert_array_equal(np.asarray(o, np.float32), want)
+    np.testing.assert_array_equal(lse, np.where(served[:, None], want[..., 0], -np.inf))
+
+
+def test_tiles_run_longest_first_among_those_that_share_the_cache():
+    tiles, _ = cut(Q_LENS, KV_LENS)
+    assert tiles.heads_together == 2
+    *_, last, _ = np.asarray(tiles.fields)[: tiles.count].T
+    assert list(last) == sorted(last, reverse=True)
+    # A window makes nearly all equal, and leaves them in their order.
+    tiles, _ = cut(Q_LENS, KV_LENS, window=jnp.int32(1), group=128)
+    assert list(np.asarray(tiles.fields)[: tiles.count, 0]) == list(range(tiles.count))
+    # 32 MiB hold 1024 tokens: one head at a time, and row by row.
+    tiles, _ = cut((200, 200, 200), (1100, 1030, 1200), token_bytes=2**15)
+    assert tiles.heads_together == 1
+    rows = np.asarray(tiles.fields)[: tiles.count, 1]
+    assert list(rows) == sorted(rows)
+
+
+@pytest.mark.parametrize("min_packed", [1, 65])
+def test_the_bound_on_tiles_holds_and_follows_the_queries(min_packed):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows, group = rng.integers(1, 40), int(rng.integers(1, 17))
+        q_lens = rng.integers(0, 50, rows)
+        tokens = int(q_lens.sum()) + 1
+        chosen = q_lens * group >= min_packed
+        bound = prefill_tiles.max_tiles(
+            num_tokens=tokens, num_rows=int(rows), group=group, min_packed=min_packed
+        )
+        assert (-(-q_lens[chosen] * group // TILE)).sum() <= bound
+        assert bound <= -(-tokens * group // TILE) + rows
+
+
+@pytest.mark.parametrize(("ctas", "together"), [(1, 1), (5, 2), (7, 3), (132, 2)])
+def test_the_deal_gives_every_item_to_one_cta(monkeypatch, ctas, together):
+    heads, tiles = 3, 11
+    static = prefill_work.Static(
+        group=1, num_kv_heads=heads, head_dim=64, page_size=16, num_pages=1, dtype=jnp.bfloat16,
+        causal=True, window=False, soft_cap=None, config=Config(num_ctas=ctas), interpret=True,
+    )  # fmt: skip
+    fields = jnp.arange(tiles, dtype=jnp.int32)[:, None] + jnp.zeros((1, 6), jnp.int32)
+    numbers = jnp.asarray([tiles, together, 0, 0], jnp.int32)
+    refs = prefill_work.Refs(*[None] * 4, fields, numbers, *[None] * 3)
+    dealt = []
+    for cta in range(ctas):
+        monkeypatch.setattr(prefill_work.lax, "axis_index", lambda _, cta=cta: jnp.int32(cta))
+        for nth in range(int(prefill_work.num_items(static, refs))):
+            item = prefill_work.item_at(static, refs, jnp.int32(nth))
+            dealt.append((int(item.head), int(item.tile.place)))
+    assert sorted(dealt) == [(h, t) for h in range(heads) for t in range(tiles)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(dtype="float32"), "float32"),
+        (dict(head_dim=72), "head_dim=72"),
+        (dict(page_size=5), "page_size=5"),
+        (dict(page_size=24), "page_size=24"),
+    ],
+)
+def test_declines_name_the_reason(changes, reason):
+    fine = Case(q_lens=(9,), kv_lens=(9,), **BF16, heads=(14, 2))
+    assert declined(fine) is None
+    assert reason in declined(dataclasses.replace(fine, **changes))

@@ -1,0 +1,97 @@
+"""The prefill kernel compiled for an H200 without one: layouts, registers, spills, SMEM, memory."""
+
+import itertools
+
+import gpu_compile
+import jax
+import jax.numpy as jnp
+import pytest
+
+from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
+
+pytestmark = [
+    pytest.mark.skipif(gpu_compile.why_not() is not None, reason=str(gpu_compile.why_not())),
+    pytest.mark.timeout(300),
+]
+
+T, R, M, L, N, HEADS = 2048, 16, 256, 2, 20_000, 8
+
+
+def name_of(head_dim, page_size, **options):
+    more = "".join(f"-{k}={getattr(v, '__name__', v)}" for k, v in options.items())
+    return f"d{head_dim}-p{page_size}{more}"
+
+
+def program(name):
+    """For the process that compiles: `(function, arguments)`."""
+    from paxattn.attention.mosaic_gpu.prefill import prefill_attention
+
+    case = dict(group=4, dtype=jnp.bfloat16, causal=True, window=False, soft_cap=None) | CASES[name]
+    head_dim, dtype, shape = case["head_dim"], case["dtype"], jax.ShapeDtypeStruct
+    pages = shape((L, N, HEADS, case["page_size"], head_dim), dtype)
+    given = dict(
+        q=shape((T, HEADS * case["group"], head_dim), dtype),
+        k_pages=pages,
+        v_pages=pages,
+        block_tables=shape((R, M), jnp.int32),
+        kv_lens=shape((R,), jnp.int32),
+        cu_q_lens=shape((R + 1,), jnp.int32),
+        layer=shape((), jnp.int32),
+        sm_scale=shape((), jnp.float32),
+        sliding_window=shape((), jnp.int32) if case["window"] else None,
+        chosen=shape((R,), bool),
+    )
+    options = dict(causal=case["causal"], soft_cap=case["soft_cap"])
+    return lambda given: prefill_attention(**given, **options), (given,)
+
+
+OPTIONS = (
+    dict(),
+    dict(group=5, dtype=jnp.float16, window=True, soft_cap=50.0),
+    dict(group=1, window=True),
+    dict(group=16, causal=False),
+)
+ALL = [
+    dict(head_dim=head_dim, page_size=page_size, **more)
+    for head_dim, page_size, more in itertools.product(
+        prefill_config.HEAD_DIMS, (8, 16, 32, 64, 128, 256), OPTIONS
+    )
+]
+FEW = [
+    dict(head_dim=128, page_size=16),
+    dict(head_dim=128, page_size=8, **OPTIONS[1]),
+    dict(head_dim=64, page_size=128, **OPTIONS[2]),
+    dict(head_dim=80, page_size=32, **OPTIONS[3]),
+    dict(head_dim=256, page_size=8, **OPTIONS[1]),
+]
+CASES = {name_of(**case): case for case in [*FEW, *ALL]}
+
+
+def check(case, facts):
+    (found,) = facts["kernels"]
+    assert found["name"] == "paged_prefill"
+    assert found["spills"] == 0
+    assert found["registers"] <= 65536 // 384  # three warpgroups share a multiprocessor's
+    assert found["shared"] <= 227 * 1024 - 1024  # (1 KiB is the system's)
+    # Nothing is as large as a layer's pages: tiles of queries, tiles of results, small tables.
+    group = case.get("group", 4)
+    bound = prefill_tiles.max_tiles(num_tokens=T, num_rows=R, group=group, min_packed=1)
+    packed = HEADS * bound * prefill_config.TILE
+    assert facts["temp"] <= packed * (2 * case["head_dim"] * 2 + 8) + 2**21
+
+
+def test_kernels_within_budget():
+    names = [name_of(**case) for case in FEW]
+    found = gpu_compile.compile_programs("test_mosaic_gpu_prefill_compile", names)
+    assert list(found) == names
+    for name in names:
+        check(CASES[name], found[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, len(ALL), 12))
+def test_all_kernels_within_budget(first):
+    names = [name_of(**case) for case in ALL[first : first + 12]]
+    found = gpu_compile.compile_programs("test_mosaic_gpu_prefill_compile", names)
+    for name in names:
+        check(CASES[name], found[name])
