@@ -31,10 +31,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from paxattn.page_table import PageCopies
+from paxattn.page_table.inputs import as_integers, check_positive
+from paxattn.page_table.pages import varying_like
+from paxattn.page_table.state import check_pool
 
 
 @jax.tree_util.register_dataclass
@@ -101,32 +105,27 @@ def init_kv_cache(
     Args:
         num_layers: layers that keep keys and values.
         num_pages: pages in the pool, as in the `PageTable` used with it.
-        page_size: tokens per page, as in the `PageTable` used with it.
+        page_size: tokens per page, 1 to 256, as in the `PageTable` used with it.
         num_kv_heads: key/value heads per layer.
         head_dim: elements per head.
         dtype: a floating point dtype.
 
     Raises:
-        ValueError: a size is not a positive integer, or the dtype is not floating point.
+        ValueError: a size is not a positive integer, `page_size` is above 256, the slots would
+            overflow int32, or the dtype is not floating point.
     """
-    sizes = {
-        "num_layers": num_layers,
-        "num_pages": num_pages,
-        "num_kv_heads": num_kv_heads,
-        "page_size": page_size,
-        "head_dim": head_dim,
-    }
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive integer")
+    num_pages, page_size = check_pool(num_pages, page_size)
+    num_layers = check_positive("num_layers", num_layers)
+    num_kv_heads = check_positive("num_kv_heads", num_kv_heads)
+    head_dim = check_positive("head_dim", head_dim)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={jnp.dtype(dtype).name} must be floating point, such as bfloat16")
-    shape = tuple(sizes.values())
+    shape = num_layers, num_pages, num_kv_heads, page_size, head_dim
     return KVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
 
 
 def write(
-    cache: KVCache, layer: ArrayLike, slots: jax.Array, k: jax.Array, v: jax.Array
+    cache: KVCache, layer: ArrayLike, slots: ArrayLike, k: jax.Array, v: jax.Array
 ) -> KVCache:
     """Store one layer's new keys and values.
 
@@ -135,7 +134,7 @@ def write(
 
     Args:
         cache: the cache; donate it to the enclosing jit to have it changed in place.
-        layer: which layer, an integer or i32[].
+        layer: which layer, an integer or i32[] (traced: out of range, nothing is written).
         slots: i32[T], from `page_table.slot_mapping`: distinct. Slots at or beyond
             ``num_pages * page_size`` are dropped, which is how inactive tokens write nothing, and
             so are negative ones.
@@ -143,18 +142,22 @@ def write(
         v: ``[T, num_kv_heads, head_dim]``.
 
     Raises:
-        ValueError: a shape does not fit the cache.
+        ValueError: a shape or the layer does not fit the cache.
     """
+    if isinstance(layer, int | np.integer) and not 0 <= layer < cache.num_layers:
+        raise ValueError(f"{layer=} must be in [0, {cache.num_layers}), the cache's layers")
+    layer, slots = as_integers("layer", layer, ()), as_integers("slots", slots, None)
     expected = (slots.shape[0], cache.num_kv_heads, cache.head_dim)
     for name, new in (("k", k), ("v", v)):
         if new.shape != expected:
             raise ValueError(
                 f"{name}.shape={new.shape} must be {expected}: (tokens, num_kv_heads, head_dim)"
             )
-    layers = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), slots.shape)
-    # A negative index would wrap round to a page of somebody else.
-    slots = jnp.where(slots < 0, jnp.iinfo(jnp.int32).max + slots, slots)
+    layers = jnp.broadcast_to(layer, slots.shape)
     pages, offsets = slots // cache.page_size, slots % cache.page_size
+    # A negative index would wrap round to somebody else's page; and dropped ones must be distinct.
+    outside = cache.num_pages + jnp.arange(slots.size, dtype=jnp.int32)
+    pages = jnp.where((pages >= 0) & (pages < cache.num_pages) & (layer >= 0), pages, outside)
 
     def store(pool: jax.Array, new: jax.Array) -> jax.Array:
         # unique_indices: without it GPU scatters of 16-bit types fall back to a slow atomic loop.
@@ -184,11 +187,13 @@ def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
 
         return tuple(move(pool) for pool in pools)
 
-    k_pages, v_pages = lax.fori_loop(0, copies.count, copy_one, (cache.k_pages, cache.v_pages))
+    orders = copies.src, copies.dst, copies.count
+    pools = tuple(varying_like(pool, *orders) for pool in (cache.k_pages, cache.v_pages))
+    k_pages, v_pages = lax.fori_loop(0, copies.count, copy_one, pools)
     return KVCache(k_pages=k_pages, v_pages=v_pages)
 
 
-def scrub(cache: KVCache, pages: jax.Array, start: ArrayLike, stop: ArrayLike) -> KVCache:
+def scrub(cache: KVCache, pages: ArrayLike, start: ArrayLike, stop: ArrayLike) -> KVCache:
     """Zero the pages ``pages[start:stop]`` in all layers.
 
     Attention never reads a slot that its row does not own, so this is not needed for correct
@@ -204,13 +209,18 @@ def scrub(cache: KVCache, pages: jax.Array, start: ArrayLike, stop: ArrayLike) -
         start: first index into ``pages``, i32[].
         stop: one past the last index, i32[].
     """
+    pages = as_integers("pages", pages, None)
+    if pages.size == 0:
+        return cache
     zeros = jnp.zeros_like(cache.k_pages, shape=(cache.num_layers, *cache.k_pages.shape[2:]))
 
     def zero_one(i: jax.Array, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         page = jnp.where(pages[i] < 0, cache.num_pages, pages[i])
         return tuple(pool.at[:, page].set(zeros, mode="drop") for pool in pools)
 
-    start, stop = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
-    stop = jnp.minimum(stop, pages.shape[0])
-    k_pages, v_pages = lax.fori_loop(start, stop, zero_one, (cache.k_pages, cache.v_pages))
+    # A negative start would count from the end.
+    start = jnp.maximum(as_integers("start", start, ()), 0)
+    stop = jnp.minimum(as_integers("stop", stop, ()), pages.shape[0])
+    pools = tuple(varying_like(x, pages, start, stop) for x in (cache.k_pages, cache.v_pages))
+    k_pages, v_pages = lax.fori_loop(start, stop, zero_one, pools)
     return KVCache(k_pages=k_pages, v_pages=v_pages)

@@ -133,6 +133,59 @@ def test_traced_window(case, window):
     check(dataclasses.replace(inputs, case=want), got)
 
 
+@pytest.mark.parametrize("max_q_len", [8, None])
+@pytest.mark.parametrize("window", [2**31 - 1, 2**30])
+def test_the_widest_windows_see_all(window, max_q_len):
+    """Also from before a sequence's start, where positions are negative."""
+    case = Case(
+        q_lens=(7, 3, 1, 9)[: 3 if max_q_len else 4], kv_lens=(5, 1, 0, 7)[: 3 if max_q_len else 4],
+        heads=(4, 2), head_dim=16, page_size=8, window=window, max_q_len=max_q_len,
+    )  # fmt: skip
+    check(inputs := cases.make(case), run(inputs))
+
+
+def test_rows_with_more_queries_than_promised_get_nobody_elses():
+    inputs = cases.make(dataclasses.replace(DECODE, q_lens=(3, 1, 1, 0), max_q_len=2))
+    o, lse = run(inputs)
+    want_o, want_lse = cases.oracle(inputs)
+    want_o[2], want_lse[2] = 0.0, -np.inf
+    np.testing.assert_allclose(o, want_o, atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [2**31 - 1, -(2**31), -5])
+def test_lengths_that_no_row_can_have(garbage):
+    """More tokens than a row's pages hold (or less than none) end, and leave other rows alone."""
+    inputs = cases.make(DECODE)
+    lens = inputs.kv_lens * [1, 1, 0, 1] + [0, 0, garbage, 0]
+    want, full = run(inputs), inputs.block_tables.shape[1] * DECODE.page_size
+    o, lse = run(dataclasses.replace(inputs, kv_lens=lens.astype(np.int32)))
+    same((o[:2], lse[:2]), (want[0][:2], want[1][:2]))
+    as_full = dataclasses.replace(inputs, kv_lens=np.where(lens == garbage, full, lens))
+    if garbage > 0:
+        same((o, lse), run(dataclasses.replace(as_full, kv_lens=as_full.kv_lens.astype(np.int32))))
+    else:
+        assert (o[2] == 0).all()
+
+
+@pytest.mark.parametrize("sinks", [(-np.inf, 0.5), (np.inf, 0.5)], ids=["none", "all"])
+def test_infinite_sinks(sinks):
+    """A sink of -inf is no sink; one of +inf takes everything. Neither makes a NaN."""
+    inputs = cases.make(dataclasses.replace(DECODE, heads=(2, 1), sinks=True))
+    inputs = dataclasses.replace(inputs, sinks=np.asarray(sinks, np.float32))
+    o, lse = run(inputs)
+    if sinks[0] < 0:
+        check(inputs, (o, lse))
+    else:
+        assert (o[:, 0] == 0).all()
+        np.testing.assert_array_equal(lse[:, 0], [np.inf] * 3 + [-np.inf])
+    options = {k: v for k, v in inputs.options.items() if k != "sinks"}
+    pages = jnp.asarray(inputs.k_pages), jnp.asarray(inputs.v_pages)
+    loss = lambda q, sinks: paged_attention(q, *pages, **options, sinks=sinks).sum()  # noqa: E731
+    for grad in jax.grad(loss, argnums=(0, 1))(jnp.asarray(inputs.q), jnp.asarray(inputs.sinks)):
+        assert np.isfinite(grad).all()
+
+
 # Work follows what is stored.
 
 
@@ -141,9 +194,9 @@ def count_blocks():
     """Calls the reference, and counts the blocks of pages that its loops walk, as they run."""
     walked, page_ids = [], tiles._page_ids
 
-    def counting(tile, blocks, j, pages):
-        jax.debug.callback(walked.append, j)
-        return page_ids(tile, blocks, j, pages)
+    def counting(tile, logical):
+        jax.debug.callback(walked.append, logical[0, 0])
+        return page_ids(tile, logical)
 
     def call(q, pages, tables, lens, cu, window, max_q_len):
         return paged_attention_reference.__wrapped__(

@@ -106,9 +106,12 @@ def test_old_and_new_spelling_of_rope_and_dtype():
     linear = config_from_dict(LLAMA | dict(rope_scaling=dict(type="linear", factor=2)))
     assert linear.rope == Rope(kind="linear", factor=2.0)
     del_length = {k: v for k, v in LLAMA3_ROPE.items() if not k.startswith("original")}
-    assert (
-        config_from_dict(LLAMA | dict(rope_scaling=del_length)).rope.original_max_positions == 512
-    )
+    for fields, length in (
+        (dict(rope_scaling=del_length), 512),
+        (dict(rope_scaling=del_length, original_max_position_embeddings=64), 64),
+        (dict(rope_scaling=LLAMA3_ROPE, original_max_position_embeddings=64), 64),
+    ):
+        assert config_from_dict(LLAMA | fields).rope.original_max_positions == length
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,9 @@ def test_families():
             dict(architectures=["LlamaForSequenceClassification"]),
             "architectures=['LlamaForSequenceClassification'] is not supported; supported: llama",
         ),
+        (dict(architectures=7), "architectures=7 is not supported; supported: llama"),
         (dict(hidden_size=None), "config.json: 'hidden_size' is missing"),
+        (dict(hidden_size=2**31), "hidden_size=2147483648 must be a positive integer below 2**31"),
         (dict(hidden_size="32"), "hidden_size='32' must be a positive integer"),
         (dict(num_hidden_layers=0), "num_hidden_layers=0 must be a positive integer"),
         (dict(vocab_size=True), "vocab_size=True must be a positive integer"),
@@ -175,7 +180,7 @@ def test_families():
         ),
         (dict(tie_word_embeddings="yes"), "tie_word_embeddings='yes' must be true or false"),
         (dict(num_attention_heads=5), "hidden_size=32 is no multiple of num_attention_heads=5"),
-        (dict(num_key_value_heads=3), "num_heads=4 must be a multiple of self.num_kv_heads=3"),
+        (dict(num_key_value_heads=3), "num_heads=4 must be a multiple of num_kv_heads=3"),
         (dict(head_dim=7), "head_dim=7 must be even"),
         (dict(dtype="int8"), "dtype='int8' is not supported; supported: float32, bfloat16"),
         (dict(torch_dtype=8), "dtype=8 is not supported"),
@@ -214,6 +219,7 @@ def test_families():
             "layer_types has sliding_attention, but there is no sliding_window in use",
         ),
         (MISTRAL | dict(sliding_window=-1), "sliding_window=-1 must be a positive integer"),
+        (MISTRAL | dict(sliding_window=2**40), "sliding_window=1099511627776 must be a positive"),
         (QWEN2 | dict(use_mrope=True), "use_mrope=True is not supported, only False"),
     ],
 )
@@ -364,6 +370,13 @@ def test_damaged_tensor_files(directory, change, message):
         load(directory)
 
 
+def test_more_layers_than_tensors(directory):
+    """Said at once: the names of so many layers would fill memory."""
+    edit_json(directory / "config.json", num_hidden_layers=10**6)
+    with fails("has 29 tensors, but config.json says num_hidden_layers=1000000; check config"):
+        load(directory)
+
+
 def test_no_tensor_files(directory):
     (directory / "model.safetensors").unlink()
     with fails("has neither model.safetensors nor model.safetensors.index.json; weights in other"):
@@ -423,6 +436,7 @@ def test_shards_may_be_links(sharded, tmp_path):
         (b"{", "config.json: not valid JSON: Expecting property name"),
         (b"", "config.json: not valid JSON: Expecting value"),
         (b"[" * 100_000, "config.json: not valid JSON: "),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "config.json: not valid JSON: Exceeds the limit"),
         (b"[]", "config.json: must hold a JSON object, not list"),
         (b"\xff\xfe{}", "config.json: cannot be read: 'utf-8' codec can't decode"),
         (b"{}", "config.json: model_type=None is not supported"),
@@ -489,6 +503,8 @@ def test_token_ids_from_config_json(directory):
         ),
         (dict(eos_token_id=[1, -1]), "eos_token_id=[1, -1] must be token ids"),
         (dict(temperature="hot"), "generation_config.json: temperature='hot' must be a number"),
+        (dict(eos_token_id=2**31), "eos_token_id=2147483648 must be token ids"),
+        (dict(temperature=float("nan")), "temperature=nan must be a number"),
         (dict(top_k=0.5), "top_k=0.5 must be a number"),
     ],
 )
@@ -506,6 +522,10 @@ def test_no_such_directory(tmp_path):
         load(tmp_path / "nowhere")
     with fails("./models/none: no such directory"):
         load("./models/none")
+    with fails("~nobody-of-this-name/x: no such directory (Could not determine home directory.)"):
+        load("~nobody-of-this-name/x")
+    with fails("x/y: no such directory (File name too long)"):
+        load("x" * 300 + "/y")
     with fails("config.json: is a file; pass the directory that holds config.json"):
         load(FIXTURES / "llama2" / "config.json")
 

@@ -13,6 +13,10 @@ L, N, H, P, D = 2, 6, 3, 4, 8
 T = 5
 
 
+def i32(values):
+    return jnp.asarray(list(values), jnp.int32)
+
+
 def filled(value=0.0):
     cache = init_kv_cache(
         num_layers=L, num_pages=N, page_size=P, num_kv_heads=H, head_dim=D, dtype=jnp.float32
@@ -36,6 +40,34 @@ def test_write_puts_tokens_at_their_slots_and_nowhere_else():
         expected_v[1, page, :, offset] = v[token]
     np.testing.assert_array_equal(cache.k_pages, expected_k.astype(np.float32))
     np.testing.assert_array_equal(cache.v_pages, expected_v.astype(np.float32))
+
+
+def test_numbers_out_of_range_write_nothing():
+    """None of them wraps round: not the lowest slot, nor a layer or a slot of 64 bits."""
+    k, v = new_tokens()
+    slots = np.array([-(2**31), -1, 2**31 - 1, N * P, -N * P])
+    write = jax.jit(kv_cache.write)
+    wide = kv_cache.write(filled(), 0, slots + np.array([0, 0, 2**31, 2**32, -(2**32)]), k, v)
+    for cache in (write(filled(), 0, i32(slots), k, v), wide):
+        np.testing.assert_array_equal(cache.k_pages, filled().k_pages)
+    for layer in (-1, L, -(2**31)):
+        cache = write(filled(), jnp.int32(layer), i32(range(T)), k, v)
+        np.testing.assert_array_equal(cache.v_pages, filled().v_pages)
+
+
+@pytest.mark.parametrize(
+    ("layer", "slots", "message"),
+    [
+        (-1, range(T), r"layer=-1 must be in \[0, 2\), the cache's layers"),
+        (L, range(T), r"layer=2 must be in \[0, 2\), the cache's layers"),
+        (0.0, range(T), "layer must be integers, got float32"),
+        ([0, 1], range(T), r"layer has shape \(2,\), expected shape \(\)"),
+        (0, [[s] for s in range(T)], r"slots has shape \(5, 1\), expected one axis"),
+    ],
+)
+def test_write_refuses(layer, slots, message):
+    with pytest.raises(ValueError, match=message):
+        kv_cache.write(filled(), layer, i32(slots), *new_tokens())
 
 
 def test_write_casts_and_names_wrong_shapes():
@@ -102,6 +134,31 @@ def test_scrub_skips_ids_out_of_range():
     cache = kv_cache.scrub(filled(3.0), jnp.array([-1, N, 2], jnp.int32), 0, 99)
     zeroed = [page for page in range(N) if not np.asarray(cache.k_pages[:, page]).any()]
     assert zeroed == [2]
+    cache = kv_cache.scrub(filled(3.0), np.array([0, 1, 2]), -2, 1)  # nor does start wrap round
+    zeroed = [page for page in range(N) if not np.asarray(cache.k_pages[:, page]).any()]
+    assert zeroed == [0]
+    assert kv_cache.scrub(cache, np.zeros(0, np.int32), 0, 9).k_pages is cache.k_pages
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: kv_cache.copy_pages(filled(), PageCopies(src=x, dst=x, count=x[0])),
+        lambda x: kv_cache.scrub(filled(), x, 0, x[0]),
+        lambda x: kv_cache.write(filled(), x[0], x, *new_tokens()),
+    ],
+    ids=["copy_pages", "scrub", "write"],
+)
+def test_a_cache_made_inside_shard_map(step):
+    """It is the same on every device, until a step's data differ."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    run = jax.shard_map(
+        lambda x: jax.tree.map(lambda leaf: leaf[None], step(x[0])),
+        mesh=mesh, in_specs=spec, out_specs=spec,
+    )  # fmt: skip
+    out = jax.eval_shape(run, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    assert out.k_pages.shape == (1, L, N, H, P, D)
 
 
 def before_jax(*version):
@@ -136,12 +193,24 @@ def test_donated_steps_change_the_pool_in_place(dtype):
     assert memory.temp_size_in_bytes < pool_bytes / 50
 
 
-@pytest.mark.parametrize("name", ["num_layers", "num_pages", "page_size", "num_kv_heads"])
+@pytest.mark.parametrize(
+    "name", ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"]
+)
 @pytest.mark.parametrize("value", [0, -3, 2.0, True])
 def test_sizes_must_be_positive_integers(name, value):
     sizes = {"num_layers": L, "num_pages": N, "page_size": P, "num_kv_heads": H, "head_dim": D}
-    with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive integer"):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be an integer of at least 1"):
         init_kv_cache(**{**sizes, name: value})
+
+
+def test_sizes_are_those_that_a_page_table_may_have():
+    sizes = dict(num_layers=1, num_kv_heads=1, head_dim=1)
+    cache = init_kv_cache(num_pages=np.int64(2), page_size=np.int32(3), **sizes)
+    assert cache.k_pages.shape == (1, 2, 1, 3, 1)
+    with pytest.raises(ValueError, match="page_size=257 must be between 1 and 256"):
+        init_kv_cache(num_pages=2, page_size=257, **sizes)
+    with pytest.raises(ValueError, match="num_pages=8388608 times page_size=256 is 2147483648 sl"):
+        init_kv_cache(num_pages=2**23, page_size=256, **sizes)
 
 
 def test_dtype_must_be_floating():

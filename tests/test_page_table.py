@@ -103,6 +103,32 @@ def test_init_refuses_what_overflows():
         empty(page_size=16, num_pages=2**27)
     with pytest.raises(ValueError, match=r"max_pages_per_seq=\d+ times page_size=256"):
         empty(page_size=256, max_pages_per_seq=np.int32(2**23))
+    with pytest.raises(
+        ValueError,
+        match="max_seqs=65536 times max_pages_per_seq=32768 is 2147483648 block_tables entries, "
+        "which are counted in int32: at most 2146435071; use max_seqs=65503 at most",
+    ):
+        empty(max_seqs=2**16, max_pages_per_seq=2**15)
+
+
+def test_64_bit_numbers_do_not_wrap_round():
+    """Their low 32 bits would be amounts, rows and pages that there are."""
+    table, far = filled(6, 3, 0, 0), 2**32
+    for new in (far + 1, -far + 1):
+        after, ok, _ = pt.reserve(table, np.full(R, new))
+        assert not np.asarray(ok).any()
+        assert_same(table, after)
+    after, ok = pt.truncate(table, np.full(R, far, np.uint64))
+    assert not np.asarray(ok).any()
+    assert_same(table, after)
+    after, ok = pt.fork(table, np.array([far, 0]), np.array([3, far + 3]))
+    assert not np.asarray(ok).any()
+    assert_same(table, after)
+    assert_same(table, pt.retain(table, np.array([far]), np.ones(1, bool)))
+    assert not bool(pt.adopt(table, np.int64(far + 3), held(table, 0), 6)[1])
+    with jax.enable_x64(True):
+        ok = jax.jit(pt.reserve)(table, np.full(R, far + 1))[1]
+    assert not np.asarray(ok).any()
 
 
 def test_sizes_may_be_numpy_integers():
@@ -690,6 +716,7 @@ def test_check_invariants_names_what_is_wrong():
         (lambda t: pt.retain(t, i32([0]), np.ones(2, bool)), r"mask has shape \(2,\)"),
         (lambda t: pt.slot_mapping(t, i32([1]), 4), "q_lens has shape"),
         (lambda t: pt.slot_mapping(t, i32([1] * R), 2**31), "overflows int32 slots"),
+        (lambda t: pt.slot_mapping(t, i32([1] * R), 0), "num_tokens=0 must be an integer of at l"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -827,6 +854,31 @@ def test_requests_may_differ_by_device_under_shard_map():
         table = at(tables, d)
         pt.check_invariants(table)
         assert table.kv_lens.tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pt.append,
+        pt.truncate,
+        lambda table, x: pt.release(table, x > 0),
+        lambda table, x: pt.fork(table, x, x + 1),
+        lambda table, x: pt.reorder(table, x, x > 0),
+        lambda table, x: pt.adopt(table, x[0], x, x[1]),
+        lambda table, x: pt.retain(table, x, x > 0),
+        lambda table, x: pt.drop(table, x, x > 0),
+    ],
+    ids=["append", "truncate", "release", "fork", "reorder", "adopt", "retain", "drop"],
+)
+def test_a_table_made_inside_shard_map_takes_requests_that_differ(step):
+    """It is the same on every device until then. Types are settled while tracing."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x):
+        return jax.tree.map(lambda leaf: leaf[None], step(empty(), x[0]))
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    assert jax.eval_shape(run, jax.ShapeDtypeStruct((1, R), jnp.int32))
 
 
 def test_table_is_a_pytree_with_a_static_page_size():

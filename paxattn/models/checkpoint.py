@@ -162,6 +162,11 @@ def _read_model(
     progress: Progress | None,
 ) -> Decoder:
     """Check the inventory, then build the decoder array by array."""
+    if config.num_layers > len(files.shapes):  # before as many names are made up
+        raise CheckpointError(
+            f"{files.directory}: has {len(files.shapes)} tensors, but config.json says "
+            f"num_hidden_layers={config.num_layers}; check config.json against the checkpoint"
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in model_shapes(config).items():
         shapes |= _tensor_shapes(name, None, shape)
@@ -226,11 +231,15 @@ def _check_tied(files: TensorFiles, head: str, embed: str) -> None:
 
 def _directory(path: str | PathLike[str]) -> Path:
     """The checkpoint's directory; a hub id is fetched."""
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise CheckpointError(f"{path}: is a file; pass the directory that holds config.json")
+    try:
+        directory = Path(path).expanduser()
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise CheckpointError(f"{path}: is a file; pass the directory that holds config.json")
+    except (OSError, RuntimeError) as error:  # too long a name, no permission, an unknown ~user
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: no such directory ({reason})") from None
     if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
         raise CheckpointError(f"{path}: no such directory")
     try:
@@ -279,13 +288,16 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
     def token_ids(key: str) -> tuple[int, ...]:
         value, source = look_up(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in ids):
+        if any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
             raise CheckpointError(f"{source}: {key}={value!r} must be token ids")
         return tuple(ids)
 
-    def number(key: str, kinds: type | tuple[type, ...]) -> Any:
+    def number(key: str, kinds: Any) -> Any:
         value = fields.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+        if value is None:
+            return None
+        # Python's JSON reads NaN and Infinity.
+        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < 2**31:
             raise CheckpointError(f"{path}: {key}={value!r} must be a number")
         return value
 

@@ -59,16 +59,18 @@ class DecoderConfig:
         sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads"
         for name in f"{sizes} head_dim max_positions".split():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}")
-        if self.head_dim % 2:
-            raise ValueError(f"{self.head_dim=} must be even: rotary embedding rotates pairs")
-        if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(f"{len(self.windows)=} must be 0 or {self.num_layers=}")
-        if any(window < 0 for window in self.windows):
-            raise ValueError(f"{self.windows=} must not be negative; 0 means full attention")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+                raise ValueError(f"{name}={value!r} must be a positive integer below 2**31")
+        num_heads, num_kv_heads, head_dim = self.num_heads, self.num_kv_heads, self.head_dim
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
+        if head_dim % 2:
+            raise ValueError(f"{head_dim=} must be even: rotary embedding rotates pairs")
+        windows, num_layers = self.windows, self.num_layers
+        if windows and len(windows) != num_layers:
+            raise ValueError(f"{len(windows)=} must be 0 or {num_layers=}")
+        if not all(0 <= window < 2**31 for window in windows):
+            raise ValueError(f"{windows=} must be below 2**31 and not negative; 0: full attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
@@ -143,8 +145,8 @@ class _Fields:
         value = default if value is None else value
         if value is None:
             raise self.fail(f"{key!r} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(f"{key}={value!r} must be a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise self.fail(f"{key}={_short(value)} must be a positive integer below 2**31")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -180,12 +182,12 @@ def config_from_dict(fields: Mapping[str, Any], where: str = "config.json") -> D
     """
     read = _Fields(fields, where)
     name = fields.get("model_type")
-    architectures = fields.get("architectures") or []
     known = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None or not isinstance(name, str):
         raise read.fail(f"model_type={name!r} is not supported; supported: {known}")
-    if architectures and family.architecture not in architectures:
+    architectures = fields.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list) or family.architecture not in architectures:
         raise read.fail(f"architectures={architectures!r} is not supported; supported: {known}")
     for key, allowed in _ONLY.items():
         if key in fields and fields[key] not in allowed:
@@ -249,16 +251,16 @@ def _rope(read: _Fields, max_positions: int) -> Rope:
         factor = values["partial_rotary_factor"]
         raise read.fail(f"{key} has partial_rotary_factor={factor!r}, which is not supported")
     nested = _Fields(values, f"{read.where}: {key}")
-    old_length = read.fields.get("original_max_position_embeddings") or max_positions
     options: dict[str, Any] = {}
     if kind != "default":
         options["factor"] = nested.number("factor")
     if kind == "llama3":
         options["low_freq_factor"] = nested.number("low_freq_factor")
         options["high_freq_factor"] = nested.number("high_freq_factor")
-        options["original_max_positions"] = nested.size(
-            "original_max_position_embeddings", old_length
-        )
+        # As in transformers: the model's own field comes before the nested one.
+        old_length = "original_max_position_embeddings"
+        where = read if read.fields.get(old_length) else nested
+        options["original_max_positions"] = where.size(old_length, max_positions)
     theta = nested.number("rope_theta", read.number("rope_theta", 10_000.0))
     return Rope(theta=theta, kind=kind, **options)
 

@@ -182,14 +182,13 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: neither or both of ``rngs`` and ``weights``, or an unsuitable dtype.
         """
-        if (rngs is None) == (weights is None):
-            raise ValueError("pass either rngs=nnx.Rngs(seed) for random weights, or weights=")
         dtype = jnp.dtype(dtype)
         if dtype.name not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype.name} must be float32, bfloat16 or float16")
-        if weights is None:
-            assert rngs is not None  # for the type checker
-            weights = random_weights(rngs, dtype)
+        if weights is None and rngs is not None:
+            weights, rngs = random_weights(rngs, dtype), None
+        if weights is None or rngs is not None:
+            raise ValueError("pass either rngs=nnx.Rngs(seed) for random weights, or weights=")
         stacked = jax.default_backend() != "cpu" if stacked is None else stacked
         layers = range(config.num_layers)
 

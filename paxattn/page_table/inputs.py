@@ -7,6 +7,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+INT32_MAX = 2**31 - 1
+
 
 def check_positive(name: str, value: int) -> int:
     """A static size, at least 1."""
@@ -17,6 +19,9 @@ def check_positive(name: str, value: int) -> int:
 
 def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> Array:
     """Converts to int32 and checks the shape; None: any one axis."""
+    if isinstance(value, Array | np.ndarray | np.integer) and value.dtype in (np.int64, np.uint64):
+        # Numbers that are out of range stay so: their low 32 bits might not be.
+        value = value.clip(max(np.iinfo(value.dtype).min, -INT32_MAX - 1), INT32_MAX)
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {array.dtype}")

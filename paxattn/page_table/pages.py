@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -104,15 +105,27 @@ def give_up(
     return lax.cond(jnp.any(held < num_pages), lose, lambda *s: s, *state)
 
 
-def leaves(table: PageTable) -> tuple[Array, ...]:
-    """The arrays of a table, as operands for `lax.cond`."""
-    return (
+def varying_like(x: Array, *others: Array) -> Array:
+    """Lets `x` vary over the mesh axes that any of the others does.
+
+    Inside `shard_map`, what a loop starts with must be typed like what its body makes of it, and
+    both branches of a condition alike. Elsewhere it does nothing.
+    """
+    axes = {a for other in others for a in jax.typeof(other).manual_axis_type.varying}
+    axes -= jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def leaves(table: PageTable, *others: Array) -> tuple[Array, ...]:
+    """The arrays of a table, as operands for `lax.cond`: varying as any of them or the others."""
+    arrays = (
         table.block_tables,
         table.kv_lens,
         table.ref_counts,
         table.free_pages,
         table.num_free,
     )
+    return tuple(varying_like(x, *arrays, *others) for x in arrays)
 
 
 def with_leaves(table: PageTable, state: tuple[Array, ...]) -> PageTable:

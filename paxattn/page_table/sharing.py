@@ -40,6 +40,7 @@ def fork(table: PageTable, src: ArrayLike, dst: ArrayLike) -> tuple[PageTable, A
     """
     src = as_integers("src", src, None)
     dst = as_integers("dst", dst, src.shape)
+    table = with_leaves(table, leaves(table, src, dst))
     max_seqs, num_pages = table.max_seqs, table.num_pages
     ok = (src >= 0) & (src < max_seqs) & (dst >= 0) & (dst < max_seqs) & (src != dst)
     # Out-of-range indices are masked before they are used: a negative one would wrap round.
@@ -111,7 +112,8 @@ def reorder(table: PageTable, parents: ArrayLike, mask: ArrayLike) -> PageTable:
             *pools,
         )
 
-    return with_leaves(table, lax.cond(jnp.any(moves), move, lambda *s: s, *leaves(table)))
+    state = leaves(table, moves)
+    return with_leaves(table, lax.cond(jnp.any(moves), move, lambda *s: s, *state))
 
 
 def adopt(
@@ -134,6 +136,7 @@ def adopt(
     row = as_integers("row", row, ())
     num_tokens = as_integers("num_tokens", num_tokens, ())
     pages = as_integers("pages", pages, None)
+    table = with_leaves(table, leaves(table, row, num_tokens, pages))
     size, num_pages = pages.size, table.num_pages
     if size > table.max_pages_per_seq:
         raise ValueError(
@@ -187,6 +190,7 @@ def drop(table: PageTable, pages: ArrayLike, mask: ArrayLike) -> PageTable:
     """
     pages = as_integers("pages", pages, None)
     mask = as_mask("mask", mask, pages.shape)
+    table = with_leaves(table, leaves(table, pages, mask))
     ref_counts, free_pages, num_free = give_up(
         table.ref_counts, table.free_pages, table.num_free, pages, after_reads(table, mask)
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from paxattn.page_table.inputs import as_integers
+from paxattn.page_table.inputs import as_integers, check_positive
 from paxattn.page_table.state import INT32_MAX, PageTable
 
 
@@ -25,6 +25,7 @@ def token_rows(q_lens: ArrayLike, num_tokens: int) -> tuple[Array, Array, Array]
       row's (0 for padding), and active bool[T].
     """
     q_lens = as_integers("q_lens", q_lens, None)
+    num_tokens = check_positive("num_tokens", num_tokens)
     lens = jnp.clip(q_lens, 0, num_tokens)  # also keeps the sum from overflowing
     ends = jnp.cumsum(lens, dtype=jnp.int32)
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)

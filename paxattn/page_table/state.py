@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from paxattn.page_table.inputs import check_positive
-
-INT32_MAX = 2**31 - 1
-
+from paxattn.page_table.inputs import INT32_MAX, check_positive
 
 SLOT_HEADROOM = 2**20  # slots past the pool: inactive tokens get distinct out-of-range ones
 
@@ -72,6 +69,32 @@ class PageCopies:
     count: Array
 
 
+def _check_product(what: str, **sizes: int) -> None:
+    """Two sizes whose product must be an int32, with headroom."""
+    (name, size), (other, times) = sizes.items()
+    limit = INT32_MAX - SLOT_HEADROOM
+    if size * times > limit:
+        raise ValueError(
+            f"{name}={size} times {other}={times} is {size * times} {what}, which are counted in"
+            f" int32: at most {limit}; use {name}={limit // times} at most"
+        )
+
+
+def check_pool(num_pages: int, page_size: int) -> tuple[int, int]:
+    """The sizes that a page table and the caches used with it share.
+
+    Raises:
+      ValueError: one is not a positive integer, `page_size` is above 256, or the slots would
+        overflow int32.
+    """
+    num_pages = check_positive("num_pages", num_pages)
+    page_size = check_positive("page_size", page_size)
+    if page_size > 256:
+        raise ValueError(f"{page_size=} must be between 1 and 256")
+    _check_product("slots", num_pages=num_pages, page_size=page_size)
+    return num_pages, page_size
+
+
 def init_page_table(
     *, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int
 ) -> PageTable:
@@ -90,25 +113,13 @@ def init_page_table(
 
     Raises:
       ValueError: a size is not a positive integer, `page_size` is above 256, or the slots of the
-        pool or the tokens of a row would overflow int32.
+        pool, the tokens of a row or the entries of all rows would overflow int32.
     """
-    num_pages = check_positive("num_pages", num_pages)
-    page_size = check_positive("page_size", page_size)
+    num_pages, page_size = check_pool(num_pages, page_size)
     max_seqs = check_positive("max_seqs", max_seqs)
     max_pages_per_seq = check_positive("max_pages_per_seq", max_pages_per_seq)
-    if page_size > 256:
-        raise ValueError(f"{page_size=} must be between 1 and 256")
-    limit = INT32_MAX - SLOT_HEADROOM
-    if num_pages * page_size > limit:
-        raise ValueError(
-            f"{num_pages=} times {page_size=} is {num_pages * page_size} slots, but slots are"
-            f" int32: at most {limit}; use at most {limit // page_size} pages"
-        )
-    if max_pages_per_seq * page_size > limit:
-        raise ValueError(
-            f"{max_pages_per_seq=} times {page_size=} is {max_pages_per_seq * page_size} tokens a"
-            f" row, but lengths are int32: at most {limit}; lower max_pages_per_seq"
-        )
+    _check_product("tokens of a row", max_pages_per_seq=max_pages_per_seq, page_size=page_size)
+    _check_product("block_tables entries", max_seqs=max_seqs, max_pages_per_seq=max_pages_per_seq)
     return PageTable(
         block_tables=jnp.full((max_seqs, max_pages_per_seq), num_pages, jnp.int32),
         kv_lens=jnp.zeros((max_seqs,), jnp.int32),

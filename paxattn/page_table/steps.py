@@ -48,10 +48,26 @@ def reserve(
       max_new_pages: static bound on the pages a row may lack; copies do not count.
 
     Returns:
-      The table, `ok` bool[R], and the copies to run, of length `R * (max_new_pages + 1)`.
+      The table, `ok` bool[R], and the copies to run, at most `R * (max_new_pages + 1)`.
 
     Raises:
       ValueError: `new_tokens` is not one integer per row, or `max_new_pages` is below 1.
+    """
+    new_tokens = as_integers("new_tokens", new_tokens, (table.max_seqs,))
+    table = with_leaves(table, leaves(table, new_tokens))
+    return take_pages(table, *pages_wanted(table, new_tokens, max_new_pages))
+
+
+def pages_wanted(
+    table: PageTable, new_tokens: ArrayLike, max_new_pages: int
+) -> tuple[Array, Array, Array, Array]:
+    """What `reserve` with these arguments would take, were the pool large enough.
+
+    Returns:
+      possible bool[R], rows that could be served; then for each of the `max_new_pages + 1` entries
+      of a row that are looked at: cols i32[R, K], where in the row it is; pages i32[R, K], what is
+      there now (`num_pages`: nothing); and wanted bool[R, K], whether it takes a page from the
+      pool, because it is missing or because others hold it too.
     """
     new = as_integers("new_tokens", new_tokens, (table.max_seqs,))
     max_new_pages = check_positive("max_new_pages", max_new_pages)
@@ -75,7 +91,15 @@ def reserve(
     possible &= (needed - base <= span) | (base_page < num_pages)
     # Missing, or shared and about to be written.
     wanted = (cols < needed[:, None]) & possible[:, None] & ((pages == num_pages) | (holders > 1))
+    return possible, cols, pages, wanted
 
+
+def take_pages(
+    table: PageTable, possible: Array, cols: Array, pages: Array, wanted: Array
+) -> tuple[PageTable, Array, PageCopies]:
+    """Takes what `pages_wanted` said, and returns what `reserve` does."""
+    num_pages = table.num_pages
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
     running = running_sum(wanted.reshape(-1).astype(jnp.int32)).reshape(wanted.shape)
 
     def take(
