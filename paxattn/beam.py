@@ -25,8 +25,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn import kv_cache, page_table
-from paxattn.decode_step import LanguageModel, PoolUse, Status, ragged_step, release_rows
+from paxattn import page_table
+from paxattn.decode_step import (
+    LanguageModel,
+    PoolUse,
+    Status,
+    make_room,
+    ragged_step,
+    release_rows,
+    scrub_freed,
+)
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.sampling import LogitsProcessor
@@ -224,8 +232,7 @@ def beam_step(
     going = state.status == Status.RUNNING
     live = (going[:, None] & (state.running.scores > NEVER)).reshape(-1)
     ones = live.astype(jnp.int32)
-    table, ok, copies = page_table.reserve(state.table, ones)
-    cache = kv_cache.copy_pages(state.cache, copies)
+    table, cache, ok = make_room(state.table, state.cache, ones, max_new_tokens=1, scrub=scrub)
     fits = jnp.all(ok.reshape(num_prompts, num_beams), axis=1)
     stepped = going & fits
     live &= jnp.repeat(stepped, num_beams)
@@ -253,7 +260,7 @@ def beam_step(
     moved = jnp.repeat(stepped & (status == Status.RUNNING), num_beams)
     freed = page_table.reorder(table, parents, moved)
     if scrub:
-        cache = kv_cache.scrub(cache, freed.free_pages, table.num_free, freed.num_free)
+        cache = scrub_freed(cache, table, freed)
     return dataclasses.replace(state, table=freed, cache=cache, status=status, use=use)
 
 

@@ -134,6 +134,37 @@ class DecodeState:
     use: PoolUse
 
 
+def make_room(
+    table: PageTable,
+    cache: KVCache,
+    new_tokens: jax.Array,
+    *,
+    max_new_tokens: int,
+    scrub: bool = False,
+) -> tuple[PageTable, KVCache, jax.Array]:
+    """Reserve pages for new tokens, and run the copies that copy-on-write asks for.
+
+    Args:
+        table: the page table.
+        cache: the pages.
+        new_tokens: i32[R].
+        max_new_tokens: static bound of ``new_tokens``.
+        scrub: static; zero shared pages that every holder has left for a copy of its own.
+
+    Returns:
+        ``(table, cache, ok bool[R])``, see `page_table.reserve`.
+    """
+    table, ok, copies = page_table.reserve(
+        table, new_tokens, max_new_pages=-(-max_new_tokens // table.page_size)
+    )
+    cache = kv_cache.copy_pages(cache, copies)
+    if scrub:
+        holders = table.ref_counts.at[copies.src].get(mode="fill", fill_value=1)
+        left = jnp.where(holders > 0, table.num_pages, copies.src)
+        cache = kv_cache.scrub(cache, left, 0, copies.count)
+    return table, cache, ok
+
+
 def ragged_step(
     model: LanguageModel,
     table: PageTable,
@@ -143,6 +174,7 @@ def ragged_step(
     *,
     live: jax.Array | None = None,
     max_q_len: int | None = None,
+    scrub: bool = False,
 ) -> tuple[PageTable, KVCache, jax.Array, jax.Array]:
     """Run new tokens of several rows through the model: reserve, copy, write, attend, append.
 
@@ -154,6 +186,7 @@ def ragged_step(
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R]; the tokens of other rows are computed but neither stored nor counted.
         max_q_len: static upper bound of ``q_lens``; T by default, 1 for a decode step.
+        scrub: see `make_room`.
 
     Returns:
         ``(table, cache, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could
@@ -166,10 +199,7 @@ def ragged_step(
     num_tokens = tokens.shape[0]
     max_q_len = num_tokens if max_q_len is None else max_q_len
     new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
-    table, ok, copies = page_table.reserve(
-        table, new_tokens, max_new_pages=-(-max_q_len // table.page_size)
-    )
-    cache = kv_cache.copy_pages(cache, copies)
+    table, cache, ok = make_room(table, cache, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
     live = ok if live is None else live & ok
     batch = ragged_batch(table, q_lens, num_tokens=num_tokens, max_q_len=max_q_len, live=live)
     hidden, cache = model(tokens, batch, cache)
@@ -177,14 +207,17 @@ def ragged_step(
     return table, cache, hidden, ok
 
 
+def scrub_freed(cache: KVCache, before: PageTable, after: PageTable) -> KVCache:
+    """Zero the pages that a table step gave back: the top of the free stack after it."""
+    return kv_cache.scrub(cache, after.free_pages, before.num_free, after.num_free)
+
+
 def release_rows(
     table: PageTable, cache: KVCache, mask: jax.Array, *, scrub: bool
 ) -> tuple[PageTable, KVCache]:
     """Release rows; with ``scrub`` zero the pages that nobody holds any more."""
     freed = page_table.release(table, mask)
-    if scrub:
-        cache = kv_cache.scrub(cache, freed.free_pages, table.num_free, freed.num_free)
-    return freed, cache
+    return freed, scrub_freed(cache, table, freed) if scrub else cache
 
 
 def prefill(
@@ -326,6 +359,7 @@ def decode_step(
         jnp.ones_like(state.status),
         live=live,
         max_q_len=1,
+        scrub=scrub,
     )
     stepped = live & ok
     rows = jnp.arange(live.size)

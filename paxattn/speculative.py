@@ -28,8 +28,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn import kv_cache, page_table
-from paxattn.decode_step import DecodeState, LanguageModel, Status, ragged_step, record
+from paxattn import page_table
+from paxattn.decode_step import (
+    DecodeState,
+    LanguageModel,
+    Status,
+    make_room,
+    ragged_step,
+    record,
+    scrub_freed,
+)
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
@@ -126,6 +134,7 @@ def _propose_model(
     live: jax.Array,
     limit: jax.Array,
     logits_processor: LogitsProcessor | None,
+    scrub: bool,
 ) -> tuple[SpeculativeState, jax.Array, jax.Array]:
     """Run the draft model for up to ``limit[R]`` guesses, and once more to store the last one.
 
@@ -141,7 +150,7 @@ def _propose_model(
         table, cache, token, seen, fine = carry
         table, cache, hidden, ok = ragged_step(
             drafter.model, table, cache, token, jnp.ones_like(token),
-            live=fine & (i <= limit), max_q_len=1,
+            live=fine & (i <= limit), max_q_len=1, scrub=scrub,
         )  # fmt: skip
         seen = seen.at[jnp.arange(token.size), token].set(True)
         token, _ = sample(
@@ -209,13 +218,12 @@ def speculative_step(
         )
         count = jnp.minimum(count, limit)
     else:
-        state, guesses, count = _propose_model(drafter, state, live, limit, logits_processor)
+        state, guesses, count = _propose_model(drafter, state, live, limit, logits_processor, scrub)
 
     wanted = jnp.where(live, count + 1, 0)
-    table, ok, copies = page_table.reserve(
-        decode.table, wanted, max_new_pages=-(-(k + 1) // decode.table.page_size)
+    table, cache, ok = make_room(
+        decode.table, decode.cache, wanted, max_new_tokens=k + 1, scrub=scrub
     )
-    cache = kv_cache.copy_pages(decode.cache, copies)
     count = jnp.where(live & ok, count, 0)
     q_lens = jnp.where(live, count + 1, 0)
     num_tokens = lens.size * (k + 1)
@@ -233,7 +241,9 @@ def speculative_step(
     right = (guesses == chosen[:, :-1]) & (jnp.arange(k) < count[:, None])
     kept = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
     gained = jnp.where(live & ok, kept + 1, 0)
-    table, _ = page_table.truncate(table, jnp.where(live & ok, lens + gained, -1))
+    kept_table, _ = page_table.truncate(table, jnp.where(live & ok, lens + gained, -1))
+    if scrub:
+        cache = scrub_freed(cache, table, kept_table)
     # What the cache now holds of each row: the newest token and the guesses kept.
     stored = jnp.where(jnp.arange(k + 1) < gained[:, None], candidates, decode.seen.shape[1])
     seen = decode.seen.at[jnp.arange(lens.size)[:, None], stored].set(True, mode="drop")
@@ -241,25 +251,26 @@ def speculative_step(
     at = jnp.where(at >= 0, at, state.history.shape[1])
     history = state.history.at[jnp.arange(lens.size)[:, None], at].set(chosen, mode="drop")
     decode = record(
-        dataclasses.replace(decode, table=table, cache=cache, seen=seen),
+        dataclasses.replace(decode, table=kept_table, cache=cache, seen=seen),
         chosen,
         logprobs,
         gained,
         failed=live & ~ok,
         scrub=scrub,
     )
-    draft_table = state.table
-    if draft_table is not None:
+    draft_table, draft_cache = state.table, state.cache
+    if draft_table is not None and draft_cache is not None:
         running = decode.status == Status.RUNNING
-        draft_table, _ = page_table.truncate(
-            draft_table, jnp.where(running, jnp.minimum(lens + gained, draft_table.kv_lens), -1)
-        )
-        draft_table = page_table.release(draft_table, ~running)
+        lens = jnp.where(running, jnp.minimum(lens + gained, draft_table.kv_lens), 0)
+        draft_table, _ = page_table.truncate(draft_table, lens)
+        if scrub and state.table is not None:
+            draft_cache = scrub_freed(draft_cache, state.table, draft_table)
     return dataclasses.replace(
         state,
         decode=decode,
         history=history,
         table=draft_table,
+        cache=draft_cache,
         drafted=state.drafted + jnp.sum(jnp.where(live & ok, count, 0)),
         accepted=state.accepted + jnp.sum(jnp.where(live & ok, kept, 0)),
     )

@@ -242,16 +242,23 @@ def test_the_choice_for_hopper(changes, reason):
     """By the device that code is built for; tracing the whole op needs no GPU either."""
     given = on_hopper(**changes)
     with building_for("NVIDIA H200"):
-        told = explain(**given)
+        told = explain(**given, implementation="mosaic_gpu")
         assert told.reasons[0][0] == "mosaic_gpu"
         assert reason in told.reasons[0][1]
         if reason.startswith("decode kernel"):
             assert told.implementation == "mosaic_gpu"
             static = {"max_q_len": given.pop("max_q_len")}
             out = jax.eval_shape(
-                lambda given: paged_attention(**given, **static, return_lse=True), given
+                lambda given: paged_attention(
+                    **given, **static, return_lse=True, implementation="mosaic_gpu"
+                ),
+                given,
             )
             assert out[0].shape == given["q"].shape
+            # Not by itself, before it has run on a device.
+            told = explain(**given, **static)
+            assert told.implementation == "reference"
+            assert "so far it has run in an interpreter only" in told.reasons[0][1]
         else:
             with pytest.raises(NotImplementedError, match="cannot serve this on NVIDIA H200"):
                 paged_attention(**given, implementation="mosaic_gpu")
@@ -292,7 +299,9 @@ def test_shard_map_must_not_ask_what_kernels_cannot_tell():
     lens = {name: jnp.zeros(given[name].shape, jnp.int32) for name in names}
 
     def run(check_vma):
-        f = lambda q, k, v: paged_attention(q, k, v, layer=0, max_q_len=1, **lens)  # noqa: E731
+        f = lambda q, k, v: paged_attention(  # noqa: E731
+            q, k, v, layer=0, max_q_len=1, implementation="mosaic_gpu", **lens
+        )
         sharded = jax.shard_map(
             f, in_specs=(heads, pages, pages), out_specs=heads, check_vma=check_vma
         )

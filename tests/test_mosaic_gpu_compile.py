@@ -70,11 +70,14 @@ def kernel(*, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, caus
     return run, (given,)
 
 
+ASKED = {"implementation": "mosaic_gpu"}
+
+
 def decode_op():
-    """The public op, as `implementation=None` resolves it for the target."""
+    """The public op."""
     given = shapes(rows=8, head_dim=128, page_size=16)
     del given["cu_q_lens"]
-    return lambda given: paged_attention_decode(**given, return_lse=True), (given,)
+    return lambda given: paged_attention_decode(**given, return_lse=True, **ASKED), (given,)
 
 
 def verify_op():
@@ -82,7 +85,7 @@ def verify_op():
     given = shapes(rows=32, head_dim=80, page_size=16, dtype=jnp.float16)
     given["sinks"] = jax.ShapeDtypeStruct((32,), jnp.float32)
     given["sm_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
-    return lambda given: paged_attention(**given, max_q_len=8, soft_cap=30.0), (given,)
+    return lambda given: paged_attention(**given, max_q_len=8, soft_cap=30.0, **ASKED), (given,)
 
 
 def decode_layers():
@@ -98,7 +101,7 @@ def decode_layers():
             new = q.reshape(R, 8, 4, 128)[:, :, 0]
             k, v = (x.at[i, page, :, 3].set(new, mode="drop", unique_indices=True) for x in pools)
             o = paged_attention_decode(
-                q, k, v, block_tables=given["tables"], kv_lens=given["lens"], layer=i
+                q, k, v, block_tables=given["tables"], kv_lens=given["lens"], layer=i, **ASKED
             )
             return (q + o, (k, v)), None
 

@@ -159,6 +159,20 @@ def test_samples_are_separate_requests_that_share_pages(monkeypatch):
     assert shared.stats.peak_pages == alone - 3 * 3 - 3 * 1
 
 
+def test_scrub_leaves_nothing_of_samples_and_guesses(monkeypatch):
+    options = {**SHAPE, "sampling": SamplingParams(temperature=1.0), "num_samples": 2}
+    options["draft"] = DraftModel(model=DRAFT, num_tokens=3)
+    plain = generate(MODEL, PROMPTS, **options)
+    states = []
+    watch(monkeypatch, states.append)
+    assert generate(MODEL, PROMPTS, scrub=True, **options) == plain
+    last = states[-1]
+    assert int(last.table.num_free) == int(last.decode.table.num_free) == SHAPE["num_pages"]
+    for cache in (last.cache, last.decode.cache):
+        assert not np.asarray(cache.k_pages).any()
+        assert not np.asarray(cache.v_pages).any()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

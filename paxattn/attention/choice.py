@@ -96,6 +96,11 @@ _IMPLEMENTATIONS = {
     )
 }
 _NATIVE = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+# Not chosen unless asked for, and why.
+_UNPROVEN = {
+    "mosaic_gpu": "so far it has run in an interpreter only, and compiled for an H200: ask for it "
+    "with implementation='mosaic_gpu'"
+}
 _warned: set[str] = set()
 
 
@@ -173,10 +178,13 @@ def consider(request: Request, target: Target, implementation: Names) -> Explana
     reasons: list[tuple[str, str]] = []
     for name in _in_order(implementation, target):
         try:
-            reasons.append((name, _IMPLEMENTATIONS[name].check(request, target)))
+            reason = _IMPLEMENTATIONS[name].check(request, target)
+            if implementation is None and name in _UNPROVEN:
+                raise NotImplementedError(_UNPROVEN[name])
         except NotImplementedError as error:
             reasons.append((name, str(error)))
         else:
+            reasons.append((name, reason))
             return Explanation(implementation=name, target=target, reasons=tuple(reasons))
     return Explanation(implementation=None, target=target, reasons=tuple(reasons))
 
