@@ -27,10 +27,11 @@ from flax import nnx
 from jax import lax
 
 from paxattn import generate, load, page_table
-from paxattn.decode_step import DecodeState, Status, decode, no_use
+from paxattn.decode_step import DecodeState, Status, decode
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.ragged import RaggedBatch
 from paxattn.sampling import SamplingParams, row_sampling, sample
+from paxattn.step import no_use
 
 BATCH, PROMPT, NEW = 8, 128, 128
 STEPS = 64

@@ -6,7 +6,7 @@ functions in `paxattn.page_table` and `paxattn.kv_cache`.
 
 from paxattn import kv_cache, page_table
 from paxattn.attention import explain, paged_attention, paged_attention_decode
-from paxattn.decode_step import DecodeState, Status, ragged_step
+from paxattn.decode_step import DecodeState, Status
 from paxattn.generate import Stream, generate, stream
 from paxattn.kv_cache import KVCache, init_kv_cache
 from paxattn.memory import plan
@@ -17,6 +17,7 @@ from paxattn.ragged import RaggedBatch, ragged_batch
 from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
 from paxattn.speculative import DraftModel, NGram
+from paxattn.step import ragged_step
 
 __version__ = "0.1.0"
 

@@ -26,18 +26,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from paxattn import page_table
-from paxattn.decode_step import (
-    LanguageModel,
-    PoolUse,
-    Status,
-    make_room,
-    ragged_step,
-    release_rows,
-    scrub_freed,
-)
+from paxattn.decode_step import Status
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.sampling import LogitsProcessor
+from paxattn.step import (
+    LanguageModel,
+    PoolUse,
+    first_only,
+    make_room,
+    release_rows,
+    run_tokens,
+    scrub_freed,
+)
 
 # Below any sum of log-probabilities; finite, so that differences are.
 NEVER = -1e9
@@ -223,7 +224,7 @@ def beam_step(
     the first ends, with what hypotheses it has: its pages may let the others go on.
 
     Args:
-        model: see `decode_step.LanguageModel`.
+        model: see `step.LanguageModel`.
         state: donate it to the enclosing jit.
         logits_processor: see `sampling.sample`.
         scrub: static; zero pages that nobody holds any more before anyone can take them.
@@ -237,7 +238,7 @@ def beam_step(
     stepped = going & fits
     live &= jnp.repeat(stepped, num_beams)
 
-    table, cache, hidden, _ = ragged_step(
+    table, cache, hidden = run_tokens(
         model,
         table,
         cache,
@@ -252,8 +253,7 @@ def beam_step(
     use = state.use.after(table)
     state, parents = select(state, logits, stepped)
 
-    failed = going & ~fits
-    failed &= jnp.cumsum(failed) == 1
+    failed = first_only(going & ~fits)
     status = jnp.where(failed, jnp.int32(Status.OUT_OF_PAGES), state.status)
     done = jnp.repeat(going & (status != Status.RUNNING), num_beams)
     table, cache = release_rows(table, cache, done, scrub=scrub)
@@ -274,7 +274,7 @@ def beam_search(
     """Run `beam_step` until every prompt's search has ended, in one ``lax.while_loop``.
 
     Args:
-        model: see `decode_step.LanguageModel`.
+        model: see `step.LanguageModel`.
         state: from `start_beams`; donate it to the enclosing jit.
         logits_processor: see `sampling.sample`.
         scrub: see `beam_step`.

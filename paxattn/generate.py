@@ -19,7 +19,7 @@ from paxattn import loops
 from paxattn.decode_step import DecodeState, Status
 from paxattn.generate_beams import generate_beams
 from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
-from paxattn.results import Completion, Delta, Generation, PoolStats, no_stats, row_texts
+from paxattn.results import Completion, Delta, Generation, PoolStats, new_text, no_stats
 from paxattn.speculative import SpeculativeState
 
 _STEPS_PER_READ = 16  # in `generate` with stop strings: the host looks for those
@@ -30,7 +30,11 @@ class _Reader:
     """Turns a state's new tokens into deltas, finds stop strings, and keeps the pool's figures."""
 
     def __init__(self, model: Any, requests: Requests) -> None:
-        self.texts = row_texts(requests)
+        self.texts = [
+            new_text(requests, prompt)
+            for prompt in requests.prompts
+            for _ in range(requests.sizes.group)
+        ]
         self.read = [0] * len(self.texts)
         self.finished = [False] * len(self.texts)
         self.max_positions = model.config.max_positions
@@ -167,7 +171,7 @@ def stream(
     The same compiled step as `generate`, for so many steps at a time.
 
     Args:
-        model: a `paxattn.models.Decoder`, or any `decode_step.LanguageModel` with a ``config`` that
+        model: a `paxattn.models.Decoder`, or any `step.LanguageModel` with a ``config`` that
             has ``vocab_size`` and ``max_positions``.
         prompts: texts (with ``tokenizer=``) or sequences of token ids.
         steps_per_read: decode steps between two reads of what they gave, at least 1.

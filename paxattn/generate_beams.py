@@ -12,7 +12,7 @@ from paxattn import loops
 from paxattn.beam import NEVER, Beams, EarlyStopping
 from paxattn.decode_step import Status
 from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
-from paxattn.results import Completion, Generation, no_stats, row_texts
+from paxattn.results import Completion, Generation, new_text, no_stats
 
 
 def generate_beams(
@@ -67,36 +67,35 @@ def generate_beams(
     status, hypotheses, running = jax.device_get((status, hypotheses, running))
     completions = []
     for i in range(len(requests.prompts)):
-        found = _completions(requests, i, hypotheses, Status(status[i]))
-        if status[i] == Status.OUT_OF_PAGES:
-            found += _completions(requests, i, running, Status.OUT_OF_PAGES, unfinished=True)
+        found = _completions(requests, i, hypotheses)
+        if status[i] == Status.OUT_OF_PAGES or not found:
+            found += _completions(requests, i, running, unfinished=Status(status[i]))
         completions += found[:num_return_sequences]
     return Generation(completions=completions, stats=stats)
 
 
 def _completions(
-    requests: Requests, index: int, beams: Beams, status: Status, *, unfinished: bool = False
+    requests: Requests, index: int, beams: Beams, unfinished: Status | None = None
 ) -> list[Completion]:
-    """The beams of one prompt, best first; one of no tokens if it asked for none."""
-    group = requests.sizes.group
-    stop_ids = set(requests.stop_ids[index * group].tolist())
-    texts = row_texts(requests)[index * group : (index + 1) * group]
+    """The beams of one prompt, best first; ``unfinished`` says why running ones got no further."""
+    stop_ids = set(requests.stop_ids[index * requests.sizes.group].tolist())
+    prompt = requests.prompts[index]
     out = []
-    for k, text in enumerate(texts):
+    for k in range(requests.sizes.group):
         length, score = int(beams.lens[index, k]), float(beams.scores[index, k])
-        asked_for_none = status == Status.LENGTH and requests.max_new_tokens[index * group] == 0
-        if score <= NEVER and not (asked_for_none and not unfinished):
+        if score <= NEVER:
             continue
         tokens = beams.tokens[index, k, :length].tolist()
-        reason = Status.STOP if tokens and tokens[-1] in stop_ids else Status.LENGTH
+        text = new_text(requests, prompt)
+        ended = Status.STOP if tokens and tokens[-1] in stop_ids else Status.LENGTH
         out.append(
             Completion(
-                prompt_tokens=requests.prompts[index],
+                prompt_tokens=prompt,
                 tokens=tokens,
                 logprobs=beams.logprobs[index, k, :length].tolist(),
                 text="" if text is None else text.push(tokens, final=True)[0],
-                finish_reason=(Status.OUT_OF_PAGES if unfinished else reason).name.lower(),
-                score=0.0 if asked_for_none else score,
+                finish_reason=(unfinished or ended).name.lower(),
+                score=score,
             )
         )
     return out

@@ -15,20 +15,13 @@ import jax.numpy as jnp
 
 from paxattn import page_table
 from paxattn.beam import Beams, BeamState, beam_search, no_beams
-from paxattn.decode_step import (
-    DecodeState,
-    PoolUse,
-    Status,
-    decode,
-    no_use,
-    prefill,
-    release_rows,
-)
+from paxattn.decode_step import DecodeState, Status, decode
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, init_page_table
 from paxattn.requests import Sizes
 from paxattn.sampling import LogitsProcessor, RowSampling
 from paxattn.speculative import Drafter, DraftModel, SpeculativeState, speculate
+from paxattn.step import PoolUse, no_use, prefill, release_rows
 
 
 def _fill(
@@ -178,7 +171,7 @@ def search(
     """Beam search with ``sizes.group`` beams, from the prompts to the end.
 
     Args:
-        model: see `decode_step.LanguageModel`.
+        model: see `step.LanguageModel`.
         packed: see `requests.Requests`, like what follows.
         starts: i32[R].
         prompt_lens: i32[R].

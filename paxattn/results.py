@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from paxattn.decode_step import PoolUse
 from paxattn.requests import Requests
+from paxattn.step import PoolUse
 from paxattn.text import TextStream
 
 
@@ -111,14 +111,11 @@ class Generation:
     stats: PoolStats
 
 
-def row_texts(requests: Requests) -> list[TextStream | None]:
-    """What turns each row's tokens into text."""
-    tokenizer, stop = requests.tokenizer, requests.stop
-    return [
-        None if tokenizer is None else TextStream(tokenizer, stop, prompt)
-        for prompt in requests.prompts
-        for _ in range(requests.sizes.group)
-    ]
+def new_text(requests: Requests, prompt: list[int]) -> TextStream | None:
+    """What turns a completion's tokens into text, if there is a tokenizer."""
+    if requests.tokenizer is None:
+        return None
+    return TextStream(requests.tokenizer, requests.stop, prompt)
 
 
 def no_stats(requests: Requests) -> PoolStats:

@@ -29,18 +29,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from paxattn import page_table
-from paxattn.decode_step import (
-    DecodeState,
-    LanguageModel,
-    Status,
-    make_room,
-    ragged_step,
-    record,
-    scrub_freed,
-)
+from paxattn.decode_step import DecodeState, Status, record
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
+from paxattn.step import LanguageModel, make_room, ragged_step, scrub_freed
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +59,7 @@ class DraftModel:
     """Guesses with a smaller model of the same vocabulary, which has its own pages.
 
     Attributes:
-        model: see `decode_step.LanguageModel`.
+        model: see `step.LanguageModel`.
         num_tokens: k, guesses per step.
     """
 
@@ -290,7 +283,7 @@ def speculate(
     Args:
         model: the target.
         drafter: who guesses.
-        state: after `decode_step.prefill` of both models; donate it to the enclosing jit.
+        state: after `step.prefill` of both models; donate it to the enclosing jit.
         max_steps: an upper bound, as data.
         logits_processor: see `sampling.sample`.
         scrub: see `speculative_step`.

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from paxattn import cli, display
+from paxattn.cli.plan import Bytes
 from paxattn.models import bundled
 
 
@@ -64,7 +65,15 @@ def test_samples_speculation_and_beams(monkeypatch, capfd):
         *shared, "--num-beams", "2", "--draft", "ngram", monkeypatch=monkeypatch, capfd=capfd
     )
     assert code == 2
-    assert "--num-beams does not go with --temperature" in err
+    assert "--num-beams does not go with sampling options" in err
+    code, _, err = in_process(
+        *shared, "--num-beams", "2", "--top-k", "3", monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert (code, "--num-beams does not go with sampling options" in err) == (2, True)
+    code, _, err = in_process(
+        *shared, "--length-penalty", "2", monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert (code, "need --num-beams" in err) == (2, True)
 
 
 PLAN = ("plan", "--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--memory", "1GB")
@@ -124,9 +133,10 @@ def test_seeds_wrap_and_prompts_may_begin_with_a_byte_order_mark(tmp_path, monke
     path = tmp_path / "prompts"
     path.write_bytes("\ufeffdef f(x):\nclass A:\n".encode())
     asked = []
-    real = cli.stream
+    command = sys.modules["paxattn.cli.generate"]
+    real = command.stream
     monkeypatch.setattr(
-        cli,
+        command,
         "stream",
         lambda *args, **options: asked.append((args, options)) or real(*args, **options),
     )
@@ -152,7 +162,7 @@ def test_seeds_wrap_and_prompts_may_begin_with_a_byte_order_mark(tmp_path, monke
     ],
 )
 def test_sizes_are_exact(size, expected):
-    assert cli._Bytes().convert(size, None, None) == expected
+    assert Bytes().convert(size, None, None) == expected
 
 
 def test_speed_counts_the_tokens_of_a_time_and_no_others(monkeypatch):

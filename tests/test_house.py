@@ -19,6 +19,7 @@ ROOMS = [
     "rope",
     "nn",
     "models",
+    "step",
     "sampling",
     "decode_step",
     "beam",

@@ -128,8 +128,8 @@ ALL = [
     dict(rows=rows, head_dim=head_dim, page_size=page_size, **more)
     for rows, head_dim, page_size, more in itertools.product(
         HEADS,
-        support._HEAD_DIMS,
-        support._PAGE_SIZES,
+        config.HEAD_DIMS,
+        support.PAGE_SIZES,
         (dict(), dict(dtype=jnp.float16, soft_cap=50.0), dict(causal=False)),
     )
     if rows <= config.max_rows(head_dim)

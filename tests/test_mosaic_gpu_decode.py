@@ -102,7 +102,7 @@ def grid():
         rows = max(case.q_lens) * (case.heads[0] // case.heads[1])
         if case.dtype == "float32":
             case = dataclasses.replace(case, dtype="bfloat16")
-        served = case.head_dim in support._HEAD_DIMS and case.page_size in support._PAGE_SIZES
+        served = case.head_dim in config.HEAD_DIMS and case.page_size in support.PAGE_SIZES
         if served and rows <= config.max_rows(case.head_dim) and case not in seen:
             seen.add(case)
             few = [i for i, n in enumerate(case.kv_lens) if n <= 700][:6]  # (0.1 s per block)

@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from model_steps import QUICK, plan
 
-from paxattn.decode_step import ragged_step
 from paxattn.kv_cache import init_kv_cache
 from paxattn.nn import PagedAttention, attend, rms_norm
 from paxattn.page_table import append, init_page_table, reserve
 from paxattn.ragged import ragged_batch
 from paxattn.rope import Rope, rotate
+from paxattn.step import ragged_step
 
 # Row 1 has nothing to do; three tokens of padding.
 Q_LENS = (5, 0, 9)

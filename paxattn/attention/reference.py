@@ -90,11 +90,11 @@ def paged_attention_reference(
     leaves = jax.tree.leaves(arrays)
     o, lse = _attend(*jax.tree.map(lambda x: varying_like(x, *leaves), arrays))
     if sinks is not None:
-        o, lse = _add_sinks(o, lse, sinks.astype(jnp.float32))
+        o, lse = add_sinks(o, lse, sinks.astype(jnp.float32))
     return o.astype(q.dtype), lse
 
 
-def _add_sinks(o: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+def add_sinks(o: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lets each head's sink join the softmax's denominator (where there is anything to see)."""
     empty = lse == -jnp.inf
     known = jnp.where(empty, 0.0, lse)

@@ -7,7 +7,6 @@ hardware has), so scores are scaled by `log2(e)` beforehand.
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -43,12 +42,8 @@ def operand(*shape: int, dtype: Any, columns: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-# jax 0.10 wants an index, and later ones warn of it.
-_INDEX = (
-    [()]
-    if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    else []
-)
+# jax 0.10 wants an index, 0.11 warns of it, and later ones have none.
+_INDEX = [()] if jax.__version_info__ < (0, 11) else []
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Block sizes of the decode kernel, and how they are chosen where nothing was tuned.
+"""What both kernels can serve, and the decode kernel's block sizes where nothing was tuned.
 
 Nothing here imports Mosaic GPU: the choice of an implementation asks for it on any machine.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
 _RESERVED_BYTES = 3 * 1024  # per thread block: barriers, the reductions' scratch, alignment
 
 
@@ -79,7 +81,7 @@ def default_config(
         The config.
     """
     for per_sm in (2, 1) if rows <= 16 else (1,):
-        room = _SHARED_BYTES // per_sm - _RESERVED_BYTES
+        room = SHARED_BYTES // per_sm - _RESERVED_BYTES
         for stages in (4, 3, 2):
             config = Config(block_kv=64, stages=stages, num_cores=per_sm * num_sms, split=split)
             if shared_bytes(config, rows=rows, head_dim=head_dim) <= room:

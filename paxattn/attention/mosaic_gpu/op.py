@@ -17,6 +17,7 @@ from paxattn.attention.mosaic_gpu.config import Config, packed_rows
 from paxattn.attention.mosaic_gpu.decode import attend
 from paxattn.attention.mosaic_gpu.decode_kernel import Tile
 from paxattn.attention.mosaic_gpu.merge import merge
+from paxattn.attention.reference import add_sinks
 from paxattn.attention.schedule import Schedule, schedule_decode
 
 
@@ -127,7 +128,7 @@ def attend_short_rows(
     lse = _unpack(lse[:, :, None], cu_q_lens, live, max_q_len, group, LOWEST, q.shape[0])[..., 0]
     lse = jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)
     if sinks is not None:
-        o, lse = _add_sinks(o, lse, sinks.astype(jnp.float32))
+        o, lse = add_sinks(o, lse, sinks.astype(jnp.float32))
     return o.astype(q.dtype), lse
 
 
@@ -196,11 +197,3 @@ def _unpack(
     row = jnp.where(inside, row, 0)
     place = jnp.clip(token - cu_q_lens[row], 0, max_q_len - 1)
     return jnp.where((inside & live[row])[:, None, None], tiles[row, place], otherwise)
-
-
-def _add_sinks(o: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lets each head's sink join the softmax's denominator (where there is anything to see)."""
-    empty = lse == -jnp.inf
-    known = jnp.where(empty, 0.0, lse)
-    o = jnp.where(empty[..., None], 0.0, o * jax.nn.sigmoid(known - sinks)[..., None])
-    return o, jnp.where(empty, -jnp.inf, jnp.logaddexp(known, sinks))

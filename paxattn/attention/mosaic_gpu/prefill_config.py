@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paxattn.attention.checks import Request
+from paxattn.attention.mosaic_gpu.config import DTYPES, HEAD_DIMS, SHARED_BYTES
 
 TILE = 128  # packed query rows (tokens x group) of a tile
-_SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
 _RESERVED_BYTES = 4 * 1024  # barriers, the log-sum-exp, reductions' scratch, alignment
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Config:
     def own_output(self, head_dim: int) -> bool:
         """Whether the result has shared memory of its own, so that the next queries come early."""
         rows = 2 * TILE + 2 * self.stages * self.block_kv
-        return rows * head_dim * 2 + _RESERVED_BYTES <= _SHARED_BYTES
+        return rows * head_dim * 2 + _RESERVED_BYTES <= SHARED_BYTES
 
 
 def default_config(*, head_dim: int, num_sms: int = 132) -> Config:
@@ -62,7 +61,7 @@ def check(request: Request, config: Config | None = None) -> str:
     Raises:
         NotImplementedError: it cannot; the message says why.
     """
-    if request.dtype not in ("bfloat16", "float16"):
+    if request.dtype not in DTYPES:
         raise NotImplementedError(f"dtype {request.dtype}: the tensor cores take bfloat16, float16")
     if request.head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim}: must be one of {HEAD_DIMS}")

@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from paxattn.attention.checks import Request
-from paxattn.attention.mosaic_gpu.config import default_config, max_rows, packed_rows
+from paxattn.attention.mosaic_gpu.config import (
+    DTYPES,
+    HEAD_DIMS,
+    default_config,
+    max_rows,
+    packed_rows,
+)
 
 if TYPE_CHECKING:
     from paxattn.attention.choice import Target
 
 _HOPPER = re.compile(r"\b(GH200|H200|H100|H800|H20)\b")
 _SMS = {"NVIDIA H100 PCIe": 114, "NVIDIA H20": 78}  # others: 132
-_DTYPES = ("bfloat16", "float16")
-_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-_PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_SIZES = (8, 16, 32, 64, 128)
 
 
 def check(request: Request | None, target: Target) -> str:
@@ -44,14 +48,14 @@ def check(request: Request | None, target: Target) -> str:
         )
     if request is None:
         return "decode kernel for NVIDIA Hopper GPUs"
-    if request.dtype not in _DTYPES:
+    if request.dtype not in DTYPES:
         raise NotImplementedError(
-            f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(_DTYPES)}"
+            f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
-    if request.head_dim not in _HEAD_DIMS:
-        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {_HEAD_DIMS}")
-    if request.page_size not in _PAGE_SIZES:
-        raise NotImplementedError(f"page_size={request.page_size} is not one of {_PAGE_SIZES}")
+    if request.head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
+    if request.page_size not in PAGE_SIZES:
+        raise NotImplementedError(f"page_size={request.page_size} is not one of {PAGE_SIZES}")
     return _kernel_for(request)
 
 

@@ -1,0 +1,49 @@
+"""`paxattn doctor`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+import click
+import jax
+from rich.filesize import decimal
+from rich.table import Table
+
+import paxattn
+from paxattn.attention import implementations
+from paxattn.cli.common import devices
+from paxattn.display import Output
+
+
+@click.command()
+def doctor() -> None:
+    """Show versions, devices, and which attention implementations this machine can use."""
+    console = Output(highlight=False)
+    versions = Table(show_header=False, box=None, pad_edge=False)
+    versions.add_row("paxattn", paxattn.__version__)
+    versions.add_row("python", sys.version.split()[0])
+    for name in ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers"):
+        versions.add_row(name, metadata.version(name))
+    console.print(versions)
+    console.print()
+
+    table = Table("device", "platform", "kind", "memory", box=None, pad_edge=False)
+    for device in devices():
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        size = decimal(limit) if limit else "not reported"
+        table.add_row(str(device), device.platform, device.device_kind, size)
+    console.print(table)
+    console.print()
+
+    choices = Table("attention", "available", "why", box=None, pad_edge=False)
+    for name, available, reason in implementations():
+        choices.add_row(name, "yes" if available else "no", reason)
+    console.print(choices)
+    if jax.default_backend() == "cpu":
+        console.print()
+        console.print(
+            'No accelerator is in use. With an NVIDIA GPU install "paxattn[cuda]", on a TPU host '
+            '"paxattn[tpu]".',
+            markup=False,
+        )

@@ -1,0 +1,264 @@
+"""`paxattn generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import jax
+import platformdirs
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+import paxattn
+from paxattn.cli.common import DTYPES, devices, not_empty
+from paxattn.display import Output, Report, Search, show_live, show_plain, summary
+from paxattn.generate import Stream, stream
+from paxattn.models import bundled, load
+from paxattn.requests import GenerateOptions
+from paxattn.sampling import SamplingParams
+from paxattn.speculative import DraftModel, NGram
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      paxattn generate -p "def read_config(path):" -p "class Stack:"
+      paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95
+      paxattn generate -p "import os" --temperature 0.8 --num-samples 4
+      paxattn generate -p "import os" --num-beams 4
+      paxattn generate -p "import os" --draft ngram
+      echo "import os" | paxattn generate
+    """
+)
+@click.option("--prompt", "-p", "prompts", multiple=True, help="A prompt; may be repeated.")
+@click.option(
+    "--prompt-file",
+    type=click.File("r", encoding="utf-8-sig"),
+    help="One prompt per line; - for standard input (the default without --prompt).",
+)
+@click.option(
+    "--model",
+    "-m",
+    callback=not_empty,
+    help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
+)
+@click.option(
+    "--max-new-tokens",
+    "-n",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Of each prompt.",
+)
+@click.option(
+    "--temperature", "-t", type=float, default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens.  [default: all]")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass.  [default: 1]"
+)
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    help="Keep tokens at least this likely, relative to the likeliest.  [default: 0]",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: make tokens that came already less likely.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="The next prompts use seed + 1, seed + 2, ... (modulo 2**32).",
+)
+@click.option(
+    "--num-samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Completions of each prompt, which share its pages; needs --temperature to differ.",
+)
+@click.option(
+    "--num-beams",
+    type=click.IntRange(1),
+    help="Beam search instead of sampling.  [default: off]",
+)
+@click.option(
+    "--length-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Beams: above 0 favours long completions.",
+)
+@click.option(
+    "--early-stopping",
+    type=click.Choice(["false", "true", "never"]),
+    default="false",
+    show_default=True,
+    help="Beams: when a search ends, as transformers has it.",
+)
+@click.option(
+    "--draft",
+    callback=not_empty,
+    help='Speculate: "ngram", or a small checkpoint of the same vocabulary.  [default: off]',
+)
+@click.option(
+    "--draft-tokens",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Guesses per step.",
+)
+@click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
+)
+@click.option(
+    "--page-size",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Tokens per page.",
+)
+@click.option(
+    "--num-pages", type=click.IntRange(1), help="Pages in the pool.  [default: enough for all]"
+)
+@click.option("--quiet", "-q", is_flag=True, help="Only the text: no progress, no summary.")
+def generate(
+    prompts: tuple[str, ...],
+    prompt_file: IO[str] | None,
+    model: str | None,
+    max_new_tokens: int,
+    seed: int,
+    num_samples: int,
+    num_beams: int | None,
+    length_penalty: float,
+    early_stopping: str,
+    draft: str | None,
+    draft_tokens: int,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    dtype: str | None,
+    page_size: int,
+    num_pages: int | None,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Complete prompts, all at once, out of one paged KV cache."""
+    texts = _read_prompts(prompts, prompt_file)
+    seeds = [(seed + i * num_samples) % 2**32 for i in range(len(texts))]
+    params = [SamplingParams(seed=one, **sampling) for one in seeds]
+    for one in params:
+        one.validate()
+    plain = params[0] == SamplingParams(seed=seeds[0])
+    if num_beams and (not plain or num_samples > 1 or draft or stop):
+        raise click.UsageError(
+            "--num-beams does not go with sampling options, --num-samples, --draft or --stop"
+        )
+    if not num_beams and (length_penalty, early_stopping) != (1.0, "false"):
+        raise click.UsageError("--length-penalty and --early-stopping need --num-beams")
+    _use_compilation_cache()
+    devices()
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
+    log = Output(stderr=True, quiet=quiet)
+    with _loading(log) as progress:
+        checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
+    if checkpoint.tokenizer is None:
+        raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
+    options: GenerateOptions = {
+        "tokenizer": checkpoint.tokenizer,
+        "max_new_tokens": max_new_tokens,
+        "stop_token_ids": () if ignore_eos else checkpoint.stop_token_ids,
+        "page_size": page_size,
+        "num_pages": num_pages,
+    }
+    running: Stream | Search
+    if num_beams:
+        running = Search(
+            lambda: paxattn.generate(
+                checkpoint.model,
+                texts,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                early_stopping={"true": True, "false": False}.get(early_stopping, early_stopping),
+                **options,
+            )
+        )
+    else:
+        options["sampling"] = params
+        options["num_samples"] = num_samples
+        options["draft"] = _drafter(draft, draft_tokens, dtype)
+        options["stop"] = stop
+        running = stream(checkpoint.model, texts, steps_per_read=2, **options)
+    shown = [text for text in texts for _ in range(num_samples)]
+    report = Report(len(shown))
+    if sys.stdout.isatty() and not quiet:
+        show_live(running, shown, report, log)
+    else:
+        show_plain(running, shown, report, log)
+    if not quiet:
+        summary(log, report, running.stats(), checkpoint.config.max_positions)
+    short = report.reasons.count("out_of_pages")
+    if short:
+        raise click.ClickException(
+            f"{short} of {len(shown)} completions ran out of pages: raise --num-pages above "
+            f"{running.stats().num_pages}"
+        )
+
+
+def _drafter(draft: str | None, num_tokens: int, dtype: str | None) -> NGram | DraftModel | None:
+    if draft is None:
+        return None
+    if draft == "ngram":
+        return NGram(num_tokens=num_tokens)
+    return DraftModel(model=load(draft, dtype=dtype).model, num_tokens=num_tokens)
+
+
+def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
+    texts = list(prompts)
+    if file is None and not texts:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: pass --prompt, --prompt-file or standard input")
+        file = click.open_file("-", encoding="utf-8-sig")
+    if file is not None:
+        try:
+            texts += [line.rstrip("\r\n") for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{file.name} is not UTF-8 text: {error}") from None
+    if not texts:
+        raise click.UsageError("no prompt: the input is empty")
+    empty = [i for i, text in enumerate(texts) if not text]
+    if empty:
+        raise click.UsageError(f"prompt {empty[0]} is empty: a model needs something to start from")
+    return texts
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX was told where already."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("paxattn")) / "jax")
+        )
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def _loading(log: Output) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
