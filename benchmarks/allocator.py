@@ -64,12 +64,13 @@ def decode(num_pages, rows, width, steps):
 
     def step(_, carry):
         table, bad = carry
-        table, ok, copies = pt.reserve(table, one)
+        table, ok, copies = pt.reserve(table, one, max_new_tokens=1)
         table, fine = pt.append(table, one)
-        return table, bad + jnp.sum(~(ok & fine), dtype=jnp.int32) + copies.count
+        return table, bad | ~(ok & fine) | (copies.count > 0)
 
     def loop(table):
-        return lax.fori_loop(0, steps, step, (table, jnp.int32(0)))
+        table, bad = lax.fori_loop(0, steps, step, (table, one < 0))
+        return table, jnp.sum(bad)
 
     return timed(loop, table, lambda table: pt.truncate(table, lens)[0])
 
@@ -85,7 +86,7 @@ def copying(num_pages, rows, width, steps, *, reserve):
         table, pages, bad = carry
         table, old = pt.retain(table, pages, everyone), pages
         if reserve:
-            table, _, copies = pt.reserve(table, one)
+            table, _, copies = pt.reserve(table, one, max_new_tokens=1)
             old, pages = copies.src[:rows], copies.dst[:rows]
             bad += jnp.abs(copies.count - rows)
         return pt.drop(table, old, everyone), pages, bad
@@ -106,7 +107,7 @@ def idle(num_pages, rows, width, steps):
         table, bad = carry
         # Values the compiler cannot know, so that nothing is left out.
         none = jnp.minimum(table.num_free, 0) + jnp.zeros((rows,), jnp.int32)
-        table, _, copies = pt.reserve(table, none)
+        table, _, copies = pt.reserve(table, none, max_new_tokens=1)
         table, _ = pt.append(table, none)
         table = pt.release(table, none > 0)
         table, _ = pt.truncate(table, none - 1)

@@ -101,9 +101,7 @@ def make_room(
     Returns:
         ``(table, cache, ok bool[R])``, see `page_table.reserve`.
     """
-    table, ok, copies = page_table.reserve(
-        table, new_tokens, max_new_pages=-(-max_new_tokens // table.page_size)
-    )
+    table, ok, copies = page_table.reserve(table, new_tokens, max_new_tokens=max_new_tokens)
     cache = kv_cache.copy_pages(cache, copies)
     if scrub:
         holders = table.ref_counts.at[copies.src].get(mode="fill", fill_value=1)

@@ -1,7 +1,17 @@
 """Settings that must be made before jax starts."""
 
 import os
+from importlib.metadata import version
 
 # Pallas' GPU interpreter runs every thread of a thread block as a task of the CPU client's pool,
 # and they wait for each other: with as many workers as a small machine has cores, some never start.
 os.environ.setdefault("NPROC", "16")
+
+# Nearly all of a test's time is compilation, and nearly all of that is LLVM polishing kernels that
+# run once, on a few hundred numbers. XLA's own passes, which decide what is fused and what is
+# updated in place, all run; `XLA_FLAGS= pytest` compiles as users do.
+if "XLA_FLAGS" not in os.environ:
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")  # later versions have no other emitter
+    os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -20,7 +20,7 @@ STEPS = {
     name: jax.jit(getattr(pt, name))
     for name in ("append", "truncate", "release", "fork", "reorder", "adopt", "retain", "drop")
 }
-STEPS["reserve"] = jax.jit(pt.reserve, static_argnames="max_new_pages")
+STEPS["reserve"] = jax.jit(pt.reserve, static_argnames=("max_new_pages", "max_new_tokens"))
 STEPS["slot_mapping"] = jax.jit(pt.slot_mapping, static_argnums=2)
 STEPS["token_rows"] = jax.jit(pt.token_rows, static_argnums=1)
 STEPS["utilization"] = jax.jit(pt.utilization)
@@ -193,6 +193,30 @@ def test_reserve_refuses_rows_one_by_one_without_taking_from_the_others():
     assert int(after.num_free) == int(table.num_free) - 1
     after, ok, _ = STEPS["reserve"](table, i32([9, 0, 8, 0]), max_new_pages=2)
     assert np.asarray(ok).tolist() == [False, True, True, True]  # 3 pages are over the bound
+
+
+@pytest.mark.parametrize("limit", [1, 2, P, P + 1])
+def test_a_bound_in_tokens_asks_for_the_same(limit):
+    """At every offset in a page, with and without a page that others hold, and in a full pool."""
+    outcomes = set()
+    for length in range(2 * P + 1):
+        for new in range(limit + 1):
+            table = filled(length, 0, 0, 5)
+            table, _ = STEPS["fork"](table, i32([0]), i32([1]))
+            asked = i32([new, new, new, limit])
+            by_tokens, ok, copies = STEPS["reserve"](table, asked, max_new_tokens=limit)
+            by_pages, fine, same = STEPS["reserve"](table, asked, max_new_pages=-(-limit // P))
+            assert_same(by_tokens, by_pages)
+            assert np.asarray(ok).tolist() == np.asarray(fine).tolist()
+            count = int(copies.count)
+            assert count == int(same.count)
+            assert np.asarray(copies.src)[:count].tolist() == np.asarray(same.src)[:count].tolist()
+            assert np.asarray(copies.dst)[:count].tolist() == np.asarray(same.dst)[:count].tolist()
+            outcomes |= {(bool(np.all(ok)), count > 0)}
+    assert {(True, True), (True, False)} <= outcomes
+    after, ok, _ = STEPS["reserve"](table, i32([0, limit + 1, 0, 0]), max_new_tokens=limit)
+    assert np.asarray(ok).tolist() == [True, False, True, True]
+    assert_same(table, after)
 
 
 def test_out_of_pages_fails_in_row_order_and_loses_nothing():
@@ -705,6 +729,7 @@ def test_check_invariants_names_what_is_wrong():
         (lambda t: pt.reserve(t, i32([1])), r"new_tokens has shape \(1,\), expected shape \(4,\)"),
         (lambda t: pt.reserve(t, np.ones(R, np.float32)), "new_tokens must be integers"),
         (lambda t: pt.reserve(t, i32([1] * R), max_new_pages=0), "max_new_pages=0 must be"),
+        (lambda t: pt.reserve(t, i32([1] * R), max_new_tokens=0), "max_new_tokens=0 must be"),
         (lambda t: pt.append(t, 1), r"n has shape \(\)"),
         (lambda t: pt.truncate(t, i32([[1] * R])), "new_lens has shape"),
         (lambda t: pt.release(t, i32([1] * R)), "mask must be booleans, got int32"),

@@ -20,7 +20,12 @@ EVICTION_SHARE = 64  # an eviction frees at least num_pages // EVICTION_SHARE, i
 
 
 def reserve(
-    cache: PrefixCache, table: PageTable, new_tokens: ArrayLike, *, max_new_pages: int = 1
+    cache: PrefixCache,
+    table: PageTable,
+    new_tokens: ArrayLike,
+    *,
+    max_new_pages: int = 1,
+    max_new_tokens: int | None = None,
 ) -> tuple[PrefixCache, PageTable, Array, PageCopies]:
     """`page_table.reserve`, with pages that only the cache holds counting as free.
 
@@ -41,12 +46,13 @@ def reserve(
       table: the table it belongs to.
       new_tokens: i32[R], as for `page_table.reserve`.
       max_new_pages: as for `page_table.reserve`.
+      max_new_tokens: as for `page_table.reserve`.
 
     Returns:
       The cache; then the table, `ok` and the copies to run, as from `page_table.reserve`.
     """
     check_sizes(cache, table)
-    possible, cols, pages, wanted = pages_wanted(table, new_tokens, max_new_pages)
+    possible, cols, pages, wanted = pages_wanted(table, new_tokens, max_new_pages, max_new_tokens)
     short = jnp.sum(wanted, dtype=jnp.int32) > table.num_free
 
     def make_room(wanted: Array, *state: Array) -> tuple[Array, ...]:
