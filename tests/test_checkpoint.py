@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from paxattn.models import CheckpointError, GenerationConfig, bundled, load
-from paxattn.models.config import config_from_dict
+from paxattn.models.config import config_from_dict, read_json
 from paxattn.rope import Rope
 
 LLAMA = dict(
@@ -149,6 +149,25 @@ def test_families():
     without = {k: v for k, v in QWEN3.items() if k != "head_dim"}
     assert config_from_dict(without).head_dim == 128
     assert config_from_dict(MISTRAL | dict(head_dim=None)).head_dim == 8
+    # What transformers ignores, because no such tensor exists.
+    assert not config_from_dict(MISTRAL | dict(attention_bias=True)).qkv_bias
+    assert config_from_dict(QWEN2 | dict(attention_bias=False)).qkv_bias
+
+
+def test_kv_heads_that_are_not_given():
+    """As in transformers: the family's default where the field is absent, all heads where null."""
+    for fields, absent in ((MISTRAL, 8), (QWEN2, 32), (QWEN3, 32), (LLAMA, 64)):
+        fields = {k: v for k, v in fields.items() if k != "num_key_value_heads"}
+        fields["num_attention_heads"] = 64
+        fields["hidden_size"] = 512
+        assert config_from_dict(fields).num_kv_heads == absent
+        assert config_from_dict(fields | dict(num_key_value_heads=None)).num_kv_heads == 64
+
+
+def test_a_byte_order_mark_is_no_error(directory):
+    path = directory / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_json(path)["model_type"] == "llama"
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,27 @@ class _Family:
     qk_norm: bool = False
     default_window: int | None = None
     default_head_dim: int | None = None  # else hidden_size / num_heads
+    default_kv_heads: int | None = None  # where the field is absent; else num_heads
+    reads_attention_bias: bool = True  # False: transformers ignores the field
 
 
 FAMILIES = {
     "llama": _Family(architecture="LlamaForCausalLM"),
-    "mistral": _Family(architecture="MistralForCausalLM", default_window=4096),
-    "qwen2": _Family(architecture="Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": _Family(architecture="Qwen3ForCausalLM", qk_norm=True, default_head_dim=128),
+    "mistral": _Family(
+        architecture="MistralForCausalLM",
+        default_window=4096,
+        default_kv_heads=8,
+        reads_attention_bias=False,
+    ),
+    "qwen2": _Family(
+        architecture="Qwen2ForCausalLM",
+        qkv_bias=True,
+        default_kv_heads=32,
+        reads_attention_bias=False,
+    ),
+    "qwen3": _Family(
+        architecture="Qwen3ForCausalLM", qk_norm=True, default_head_dim=128, default_kv_heads=32
+    ),
 }
 
 # Fields that change the mathematics, with the only values that the decoder computes.
@@ -121,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -190,10 +204,14 @@ def config_from_dict(fields: Mapping[str, Any], where: str = "config.json") -> D
     if not isinstance(architectures, list) or family.architecture not in architectures:
         raise read.fail(f"architectures={architectures!r} is not supported; supported: {known}")
     for key, allowed in _ONLY.items():
+        if key == "attention_bias" and not family.reads_attention_bias:
+            continue
         if key in fields and fields[key] not in allowed:
             raise read.fail(f"{key}={_short(fields[key])} is not supported, only {allowed[0]!r}")
     num_layers, num_heads = read.size("num_hidden_layers"), read.size("num_attention_heads")
     hidden_size, max_positions = read.size("hidden_size"), read.size("max_position_embeddings")
+    absent = "num_key_value_heads" not in fields  # null means something else
+    num_kv_heads = family.default_kv_heads if absent and family.default_kv_heads else num_heads
     head_dim = fields.get("head_dim") or family.default_head_dim
     if head_dim is None and hidden_size % num_heads:
         raise read.fail(f"{hidden_size=} is no multiple of num_attention_heads={num_heads}")
@@ -209,7 +227,7 @@ def config_from_dict(fields: Mapping[str, Any], where: str = "config.json") -> D
             intermediate_size=read.size("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=read.size("num_key_value_heads", num_heads),
+            num_kv_heads=read.size("num_key_value_heads", num_kv_heads),
             head_dim=read.size("head_dim", head_dim or hidden_size // num_heads),
             max_positions=max_positions,
             norm_eps=read.number("rms_norm_eps"),
