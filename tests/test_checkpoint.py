@@ -34,8 +34,10 @@ LLAMA = dict(
 MISTRAL = LLAMA | dict(
     model_type="mistral", architectures=["MistralForCausalLM"], num_key_value_heads=2
 )
-QWEN2 = LLAMA | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"])
-QWEN3 = LLAMA | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16)
+QWEN2 = LLAMA | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], num_key_value_heads=2)
+QWEN3 = LLAMA | dict(
+    model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_key_value_heads=2, head_dim=16
+)
 LLAMA3_ROPE = dict(
     rope_type="llama3",
     factor=8.0,
