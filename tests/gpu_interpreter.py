@@ -16,15 +16,22 @@ from paxattn.attention.mosaic_gpu import plan, support
 from paxattn.attention.mosaic_gpu.config import Config, short_q_len
 from paxattn.attention.mosaic_gpu.prefill_config import default_config
 
-interpreted = pytest.mark.skipif(
-    not importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"),
-    reason="Pallas' GPU interpreter needs jax 0.11",
-)
+THERE = bool(importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"))
+MARKS = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not THERE, reason="Pallas' GPU interpreter needs jax 0.11"),
+]
+
+
+def interpreted(test):
+    for mark in MARKS:
+        test = mark(test)
+    return test
 
 
 def reset():
     """After each test: an error leaves the interpreter unusable."""
-    if not interpreted.args[0]:
+    if THERE:
         from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
         gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -13,7 +13,7 @@ from gpu_interpreter import as_float64, call, check, run
 
 from paxattn.attention.mosaic_gpu import config, support
 
-pytestmark = [gpu_interpreter.interpreted, pytest.mark.timeout(240)]
+pytestmark = [*gpu_interpreter.MARKS, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
 
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.skipif(gpu_compile.why_not() is not None, reason=str(gpu_compile.why_not())),
     pytest.mark.timeout(300),
 ]
