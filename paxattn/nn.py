@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from paxattn import kv_cache
-from paxattn.attention import paged_attention
+from paxattn.attention import AttentionSchedule, attention_schedule, paged_attention
 from paxattn.kv_cache import KVCache
 from paxattn.ragged import RaggedBatch, check_same_pool
 from paxattn.rope import Rope
@@ -66,6 +66,35 @@ def attend(
         **options,
     )
     return out, cache
+
+
+def schedule_attention(
+    batch: RaggedBatch, cache: KVCache, *, num_q_heads: int, **options: Any
+) -> AttentionSchedule:
+    """Divide a step's attention over the device, once for all layers that share a sliding window.
+
+    For a model that scans over its layers: pass the result on, as `attend`'s option ``schedule``.
+    (In a loop that is unrolled XLA finds the same computation in every layer, and runs it once.)
+
+    Args:
+        batch: the step's packing.
+        cache: the pages, before or after they were written.
+        num_q_heads: query heads.
+        **options: for `paged_attention`, those of `attend`: ``sliding_window``,
+            ``implementation``, ...
+    """
+    shape = (*batch.positions.shape, num_q_heads, cache.head_dim)
+    return attention_schedule(
+        jax.ShapeDtypeStruct(shape, cache.k_pages.dtype),
+        cache.k_pages,
+        cache.v_pages,
+        block_tables=batch.block_tables,
+        kv_lens=batch.kv_lens,
+        cu_q_lens=batch.cu_q_lens,
+        layer=0,
+        max_q_len=batch.max_q_len,
+        **options,
+    )
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -207,7 +236,12 @@ class PagedAttention(nnx.Module):
         self.implementation = implementation
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, batch: RaggedBatch, layer: jax.Array | int
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        batch: RaggedBatch,
+        layer: jax.Array | int,
+        schedule: AttentionSchedule | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Attend.
 
@@ -216,6 +250,7 @@ class PagedAttention(nnx.Module):
             cache: pages of all layers.
             batch: the step's packing.
             layer: which layer of the cache is this one's, an integer or i32[].
+            schedule: from `schedule_attention`, if this layer runs inside a scan.
 
         Returns:
             (``[T, E]``, the cache with the new tokens in it).
@@ -239,5 +274,6 @@ class PagedAttention(nnx.Module):
             sm_scale=self.sm_scale,
             sinks=None if self.sinks is None else self.sinks[...],
             implementation=self.implementation,
+            schedule=schedule,
         )
         return self.o_proj(out.reshape(x.shape[0], -1)), cache

@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -40,7 +41,10 @@ def compile_programs(module: str, names: list[str], timeout: float = 280) -> dic
 
     Returns:
         By name: `kernels`, a list of dicts with `name`, `registers`, `spills` (bytes) and `shared`
-        (bytes of shared memory), and `temp` and `alias`, bytes of the whole program.
+        (bytes of shared memory; jax 0.10 does not tell: 0); a kernel that an earlier program has
+        too is not listed again. Of the whole program `temp` and `alias`, in bytes, `shapes` of all
+        arrays ("2,3"), and `scopes`, the functions that something compiled was made by, of which
+        `looped` are inside a loop.
     """
     with tempfile.TemporaryDirectory() as dump:
         settings = dict(
@@ -65,7 +69,8 @@ def _read_dump(folder: Path) -> list[dict]:
     kernels = []
     for path in sorted(folder.glob("*.ptxas")):
         said = path.read_text()
-        resources = path.with_suffix(".resources.txt").read_text()
+        resources = path.with_suffix(".resources.txt")  # (jax 0.10 writes none)
+        resources = resources.read_text() if resources.exists() else "smem_scratch_bytes=0"
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
         kernels.append(
             dict(
@@ -78,6 +83,11 @@ def _read_dump(folder: Path) -> list[dict]:
     for path in folder.iterdir():
         path.unlink()
     return kernels
+
+
+def _functions(paths: Iterable[str]) -> list[str]:
+    """Names of the functions (jitted ones, kernels) on the ways to operations."""
+    return sorted({name for path in paths for name in re.findall(r"\w+", path)})
 
 
 def _main(module: str, *names: str) -> None:
@@ -100,8 +110,13 @@ def _main(module: str, *names: str) -> None:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments
         )
         function = function if hasattr(function, "lower") else jax.jit(function)
-        memory = function.lower(*arguments).compile().memory_analysis()
+        compiled = function.lower(*arguments).compile()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        paths = set(re.findall(r'op_name="([^"]+)"', text))
         facts = dict(
+            shapes=sorted(set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))),
+            scopes=_functions(paths),
+            looped=_functions(p.split("while/body", 1)[1] for p in paths if "while/body" in p),
             kernels=_read_dump(Path(os.environ["MOSAIC_GPU_DUMP_TO"])),
             temp=memory.temp_size_in_bytes,
             alias=memory.alias_size_in_bytes,

@@ -18,7 +18,13 @@ from jax.sharding import (
 )
 
 import paxattn.attention as attention
-from paxattn.attention import choice, explain, implementations, paged_attention
+from paxattn.attention import (
+    attention_schedule,
+    choice,
+    explain,
+    implementations,
+    paged_attention,
+)
 from paxattn.attention import paged_attention_decode as decode
 
 S = jax.ShapeDtypeStruct
@@ -150,6 +156,8 @@ STACKED = S((L, N, HKV, P, D), jnp.float32)
             "unknown implementation 'triton': choose from mosaic_gpu, mosaic_tpu, reference",
         ),
         (dict(implementation=[]), ValueError, r"implementation=\[\] names nothing"),
+        (dict(fixed_split=65), ValueError, "fixed_split=65 must be a positive multiple of 64"),
+        (dict(fixed_split=64.0), TypeError, "fixed_split must be a Python int, not float"),
     ],
 )
 def test_refusals(changes, error, words):
@@ -157,6 +165,37 @@ def test_refusals(changes, error, words):
         paged_attention(**arguments(**changes))
     with pytest.raises(error, match=words):
         explain(**arguments(**changes))
+
+
+def test_a_schedule_is_for_such_calls_only():
+    given = on_hopper(max_q_len=5, tokens=8, sliding_window=S((), jnp.int32))
+
+    def attend(given, schedule_for, **options):
+        static = {"max_q_len": given.pop("max_q_len")}
+        schedule_for = static | dict(implementation="mosaic_gpu") | schedule_for
+
+        def run(given):
+            schedule = attention_schedule(**given | schedule_for)
+            return paged_attention(**given, **static, **options, schedule=schedule)
+
+        with building_for("NVIDIA H200"):
+            return jax.eval_shape(run, given)
+
+    assert attend(dict(given), {}).shape == given["q"].shape
+    # What may differ from layer to layer does not matter.
+    assert attend(dict(given), {}, soft_cap=3.0, return_lse=True)[0].shape == given["q"].shape
+    for changes, options, words in (
+        (
+            dict(max_q_len=1),
+            {},
+            "made for max_q_len=1, this call has 5: make it with attention_sch",
+        ),
+        (dict(sliding_window=None), {}, "made for window=False, this call has True"),
+        ({}, dict(implementation="reference"), "made for implementation='mosaic_gpu', this call"),
+        ({}, dict(fixed_split=64), "fixed_split=64 belongs to the schedule"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(dict(given), changes, **options)
 
 
 @pytest.mark.parametrize("shape", [(R + 1, HQ, D), (R, D)])
@@ -234,8 +273,12 @@ def on_hopper(*, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, 
         (dict(dtype=jnp.float32), "dtype float32 is not one that the tensor cores take"),
         (dict(head_dim=48), "head_dim=48 is not one of (64, 80, 96, 112, 128, 192, 256)"),
         (dict(page_size=5), "page_size=5 is not one of (8, 16, 32, 64, 128)"),
-        (dict(max_q_len=20, tokens=40), "max_q_len=20 new tokens x 4 query heads per KV head are"),
-        (dict(max_q_len=9, tokens=40, head_dim=256), "more than the 24 of the decode kernel"),
+        (
+            dict(max_q_len=20, tokens=40),
+            "prefill kernel; rows of at most 4: decode kernel, 16 query rows per KV head",
+        ),
+        (dict(max_q_len=9, tokens=40, heads=(24, 1)), "rows of at most 1: decode kernel, 24 query"),
+        (dict(heads=(64, 1), head_dim=256), "prefill kernel"),
     ],
 )
 def test_the_choice_for_hopper(changes, reason):
@@ -245,7 +288,7 @@ def test_the_choice_for_hopper(changes, reason):
         told = explain(**given, implementation="mosaic_gpu")
         assert told.reasons[0][0] == "mosaic_gpu"
         assert reason in told.reasons[0][1]
-        if reason.startswith("decode kernel"):
+        if "kernel" in reason:
             assert told.implementation == "mosaic_gpu"
             static = {"max_q_len": given.pop("max_q_len")}
             out = jax.eval_shape(
@@ -344,7 +387,8 @@ def test_options_given_as_data_or_as_numbers_share_a_compilation(caplog):
 
 def test_public_names():
     assert set(attention.__all__) == {
-        "Explanation", "explain", "implementations", "paged_attention", "paged_attention_decode",
+        "AttentionSchedule", "Explanation", "attention_schedule", "explain", "implementations",
+        "paged_attention", "paged_attention_decode",
     }  # fmt: skip
     for name in attention.__all__:
         assert getattr(attention, name).__doc__

@@ -12,6 +12,7 @@ from paxattn.attention import paged_attention, paged_attention_decode
 from paxattn.attention.mosaic_gpu import config, support
 
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.skipif(gpu_compile.why_not() is not None, reason=str(gpu_compile.why_not())),
     pytest.mark.timeout(300),
 ]
@@ -175,7 +176,10 @@ def test_whole_op():
     """The op picks the kernels by itself, and nothing as large as the pool or the tables exists."""
     found = gpu_compile.compile_programs("test_mosaic_gpu_compile", list(WHOLE))
     for name, facts in found.items():
-        assert [k["name"] for k in facts["kernels"]] == ["merge_parts", "paged_decode"], name
+        assert {"merge_parts", "paged_decode"} <= {
+            *facts["scopes"],
+            *(k["name"] for k in facts["kernels"]),
+        }, name
         assert sum(k["spills"] for k in facts["kernels"]) == 0, name
         assert facts["temp"] < L * N * 8 * 16 * 80 * 2, name  # one pool, the smallest of these
     pool = 4 * N * 8 * 16 * 128 * 2

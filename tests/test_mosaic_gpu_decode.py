@@ -1,69 +1,26 @@
-"""The decode kernel for GPUs in Pallas' interpreter: numbers, barriers, races, poisoned memory.
-
-What the interpreter cannot see (layouts, registers, shared memory) `test_mosaic_gpu_compile.py`
-looks at. The memory that a kernel does not write is NaN here, and so is all that no row may read.
-"""
+"""The decode kernel for GPUs in Pallas' interpreter."""
 
 import dataclasses
-import importlib.util
 
 import attention_cases as cases
+import gpu_interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case
+from gpu_interpreter import as_float64, call, check, run
 
 from paxattn.attention.mosaic_gpu import config, support
 
-if not importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"):
-    pytest.skip("Pallas' GPU interpreter needs jax 0.11", allow_module_level=True)
-
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [*gpu_interpreter.MARKS, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(autouse=True)
 def _clean():
     with jax.numpy_dtype_promotion("strict"):
         yield
-    gpu_callbacks.reset_gpu_interpret_mode_state()  # (an error leaves the interpreter unusable)
-
-
-def call(inputs, *, cores=3, stages=2, split=None, detect_races=True, **changes):
-    """`(o, lse)` of the kernel in the interpreter."""
-    options = inputs.options | changes
-    window, bound = options.pop("sliding_window"), options.pop("max_q_len")
-    arrays = (jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages))
-    return support.run_with(
-        *arrays,
-        **options,
-        sliding_window=np.int32(0) if window is None else window,
-        max_q_len=max(*inputs.case.q_lens, 1) if bound is None else bound,
-        sm_scale=np.float32(inputs.case.head_dim**-0.5),
-        config=config.Config(block_kv=64, stages=stages, num_cores=cores, split=split),
-        interpret=plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan"),
-    )
-
-
-def run(inputs, **changes):
-    o, lse = call(inputs, **changes)
-    assert o.dtype == inputs.q.dtype
-    assert lse.dtype == jnp.float32
-    out = np.asarray(o, np.float64), np.asarray(lse, np.float64)
-    assert not gpu_callbacks.get_races().races_found
-    return out
-
-
-def check(inputs, got):
-    (o, lse), (want_o, want_lse) = got, cases.oracle(inputs)
-    tolerance = cases.TOLERANCE[inputs.case.dtype]
-    np.testing.assert_allclose(o, want_o, atol=tolerance, rtol=tolerance)
-    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    np.testing.assert_allclose(lse, want_lse, atol=cases.LSE_TOLERANCE, rtol=cases.LSE_TOLERANCE)
-    np.testing.assert_array_equal(o[np.isneginf(want_lse)], 0.0)  # exactly
+    gpu_interpreter.reset()
 
 
 BF16 = dict(dtype="bfloat16")
@@ -127,9 +84,7 @@ def test_traced_window_layer_and_jit():
     for window in (9, 0):
         case = dataclasses.replace(inputs.case, window=window or None)
         o, lse = step(jnp.int32(window), jnp.int32(1))
-        assert not gpu_callbacks.get_races().races_found
-        got = np.asarray(o, np.float64), np.asarray(lse, np.float64)
-        check(dataclasses.replace(inputs, case=case), got)
+        check(dataclasses.replace(inputs, case=case), as_float64(inputs, (o, lse)))
 
 
 def test_fixed_split_does_not_depend_on_the_batch():

@@ -1,78 +1,29 @@
-"""The prefill kernel for GPUs in Pallas' interpreter, and the plain functions around it.
-
-What the interpreter cannot see (layouts, registers, shared memory) is looked at by
-`test_mosaic_gpu_prefill_compile.py`. The memory that a kernel does not write is NaN here, and so
-is all that no row may read.
-"""
+"""The prefill kernel for GPUs in Pallas' interpreter, and the plain functions around it."""
 
 import dataclasses
-import importlib.util
+import functools
 
 import attention_cases as cases
+import gpu_interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import check, interpreted
 
 from paxattn.attention import checks
 from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles, prefill_work
-from paxattn.attention.mosaic_gpu.prefill import prefill_attention
 from paxattn.attention.mosaic_gpu.prefill_config import TILE, Config
 
-interpreted = pytest.mark.skipif(
-    not importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"),
-    reason="Pallas' GPU interpreter needs jax 0.11",
-)
+run = functools.partial(gpu_interpreter.run, short=0)
 
 
 @pytest.fixture(autouse=True)
-def _strict():
+def _clean():
     with jax.numpy_dtype_promotion("strict"):
         yield
-
-
-def run(inputs, *, ctas=2, chosen=None, min_packed=1, **changes):
-    """`(o, lse)` of the kernel in float64; fails if there was a race."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    case, options = inputs.case, inputs.options | changes
-    arrays = {
-        name: None if options[name] is None else jnp.asarray(options[name])
-        for name in ("block_tables", "kv_lens", "cu_q_lens", "layer", "sliding_window")
-    }
-
-    @jax.jit
-    def attend(q, k_pages, v_pages, arrays, chosen):
-        return prefill_attention(
-            q, k_pages, v_pages, **arrays, chosen=chosen, min_packed=min_packed,
-            sm_scale=jnp.float32(case.head_dim**-0.5), causal=case.causal, soft_cap=case.soft_cap,
-            config=prefill_config.default_config(head_dim=case.head_dim, num_sms=ctas),
-            interpret=plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan"),
-        )  # fmt: skip
-
-    try:
-        o, lse = attend(inputs.q, inputs.k_pages, inputs.v_pages, arrays, chosen)
-        assert o.dtype == inputs.q.dtype
-        assert lse.dtype == jnp.float32
-        out = np.asarray(o, np.float64), np.asarray(lse, np.float64)
-        assert not gpu_callbacks.get_races().races_found
-    finally:
-        gpu_callbacks.reset_gpu_interpret_mode_state()  # (an error leaves it unusable)
-    return out
-
-
-def check(inputs, got, served=None):
-    """Compares with the oracle; of tokens that are not `served` (bool[T]), with nothing."""
-    (o, lse), (want_o, want_lse) = got, cases.oracle(inputs)
-    if served is not None:
-        want_o[~served], want_lse[~served] = 0.0, -np.inf
-    tolerance = cases.TOLERANCE[inputs.case.dtype]
-    np.testing.assert_allclose(o, want_o, atol=tolerance, rtol=tolerance)
-    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    np.testing.assert_allclose(lse, want_lse, atol=cases.LSE_TOLERANCE, rtol=cases.LSE_TOLERANCE)
-    np.testing.assert_array_equal(o[np.isneginf(want_lse)], 0.0)  # exactly
+    gpu_interpreter.reset()
 
 
 BF16, F16 = dict(dtype="bfloat16"), dict(dtype="float16")
@@ -147,18 +98,16 @@ MIXED = Case(q_lens=(1, 40, 0, 20, 2), kv_lens=(30, 70, 9, 20, 90), **BF16, head
 @interpreted
 def test_serves_the_chosen_rows_only():
     inputs = cases.poison(cases.make(MIXED))
-    chosen = prefill_tiles.rows_above(jnp.asarray(inputs.cu_q_lens), group=4, packed_rows=64)
-    np.testing.assert_array_equal(chosen, [False, True, False, True, False])
-    served = np.repeat([*np.asarray(chosen), False], [*MIXED.q_lens, MIXED.padding])
+    served = np.repeat([False, True, False, True, False, False], [*MIXED.q_lens, MIXED.padding])
     inputs.q[~served] = np.nan
     inputs.k_pages[inputs.block_tables[0, 0]] = np.nan  # of a row that is not chosen
-    got = run(inputs, chosen=chosen, min_packed=65)
+    got = run(inputs, short=16, decode=False)
     check(cases.make(MIXED), got, served)
 
 
 @interpreted
 def test_no_row_is_chosen():
-    o, lse = run(cases.make(MIXED), chosen=jnp.zeros(5, bool))
+    o, lse = run(cases.make(MIXED), short=39, decode=False, cu_q_lens=np.zeros(6, np.int32))
     np.testing.assert_array_equal(o, 0.0)
     np.testing.assert_array_equal(lse, -np.inf)
 
@@ -327,7 +276,7 @@ def test_the_bound_on_tiles_holds_and_follows_the_queries(min_packed):
 
 
 @pytest.mark.parametrize(("ctas", "together"), [(1, 1), (5, 2), (7, 3), (132, 2)])
-def test_the_deal_gives_every_item_to_one_cta(monkeypatch, ctas, together):
+def test_the_deal_gives_every_item_to_one_cta(ctas, together):
     heads, tiles = 3, 11
     static = prefill_work.Static(
         group=1, num_kv_heads=heads, head_dim=64, page_size=16, num_pages=1, dtype=jnp.bfloat16,
@@ -335,10 +284,9 @@ def test_the_deal_gives_every_item_to_one_cta(monkeypatch, ctas, together):
     )  # fmt: skip
     fields = jnp.arange(tiles, dtype=jnp.int32)[:, None] + jnp.zeros((1, 6), jnp.int32)
     numbers = jnp.asarray([tiles, together, 0, 0], jnp.int32)
-    refs = prefill_work.Refs(*[None] * 4, fields, numbers, *[None] * 3)
     dealt = []
     for cta in range(ctas):
-        monkeypatch.setattr(prefill_work.lax, "axis_index", lambda _, cta=cta: jnp.int32(cta))
+        refs = prefill_work.Refs(jnp.int32(cta), *[None] * 4, fields, numbers, *[None] * 3)
         for nth in range(int(prefill_work.num_items(static, refs))):
             item = prefill_work.item_at(static, refs, jnp.int32(nth))
             dealt.append((int(item.head), int(item.tile.place)))

@@ -10,6 +10,7 @@ import pytest
 from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
 
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.skipif(gpu_compile.why_not() is not None, reason=str(gpu_compile.why_not())),
     pytest.mark.timeout(300),
 ]
@@ -24,25 +25,31 @@ def name_of(head_dim, page_size, **options):
 
 def program(name):
     """For the process that compiles: `(function, arguments)`."""
-    from paxattn.attention.mosaic_gpu.prefill import prefill_attention
+    from paxattn.attention import checks
+    from paxattn.attention.mosaic_gpu.op import attend_batch
+    from paxattn.attention.mosaic_gpu.plan import plan_batch
 
     case = dict(group=4, dtype=jnp.bfloat16, causal=True, window=False, soft_cap=None) | CASES[name]
     head_dim, dtype, shape = case["head_dim"], case["dtype"], jax.ShapeDtypeStruct
     pages = shape((L, N, HEADS, case["page_size"], head_dim), dtype)
-    given = dict(
-        q=shape((T, HEADS * case["group"], head_dim), dtype),
-        k_pages=pages,
-        v_pages=pages,
+    arrays = [shape((T, HEADS * case["group"], head_dim), dtype), pages, pages]
+    batch = dict(
         block_tables=shape((R, M), jnp.int32),
         kv_lens=shape((R,), jnp.int32),
         cu_q_lens=shape((R + 1,), jnp.int32),
-        layer=shape((), jnp.int32),
-        sm_scale=shape((), jnp.float32),
         sliding_window=shape((), jnp.int32) if case["window"] else None,
-        chosen=shape((R,), bool),
     )
+    given = dict(layer=shape((), jnp.int32), sm_scale=shape((), jnp.float32), sinks=None)
     options = dict(causal=case["causal"], soft_cap=case["soft_cap"])
-    return lambda given: prefill_attention(**given, **options), (given,)
+    request = checks.check(*arrays, **batch, layer=given["layer"], **options)
+    config = prefill_config.default_config(head_dim=head_dim)
+
+    def run(arrays, batch, given):
+        plan = plan_batch(**batch, request=request, short_q_len=0, decode=None, prefill=config)
+        kept = {k: v for k, v in batch.items() if k != "kv_lens"}
+        return attend_batch(*arrays, **kept, **given, **options, plan=plan)
+
+    return run, (arrays, batch, given)
 
 
 OPTIONS = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.attention import checks, choice
-from paxattn.attention.choice import Explanation, Names
+from paxattn.attention.choice import AttentionSchedule, Explanation, Names
 
 
 def paged_attention(
@@ -29,6 +29,8 @@ def paged_attention(
     sinks: jax.Array | None = None,
     implementation: Names = None,
     return_lse: bool = False,
+    fixed_split: int | None = None,
+    schedule: AttentionSchedule | None = None,
 ) -> Any:
     """Attends from a ragged batch of new tokens to sequences whose KV lies in pages.
 
@@ -59,6 +61,10 @@ def paged_attention(
         sinks: f32[Hq], one more logit per head in the softmax's denominator.
         implementation: a name, names to try in order, or None for the target's best.
         return_lse: also return the log-sum-exp of the scores (the sink included).
+        fixed_split: tokens, a multiple of 64: cut every row's tokens at its multiples, so that no
+            bit of a row's result depends on the other rows, at some cost. None: a GPU cuts where
+            its multiprocessors get equal work. (The reference never cuts.)
+        schedule: from `attention_schedule`, where several layers share it; None: made here.
 
     Returns:
         o [T, Hq, D] in q's dtype; with `return_lse`, `(o, lse)` with lse f32[T, Hq]. Padding tokens
@@ -87,8 +93,19 @@ def paged_attention(
         max_q_len=max_q_len, sm_scale=sm_scale, causal=causal, sliding_window=sliding_window,
         soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
     )  # fmt: skip
-    run = choice.choose(request, q, implementation)
-    o, lse = run(
+    sliding_window = _typed(sliding_window, np.int32)
+    if schedule is None:
+        schedule = choice.schedule(
+            request, q, implementation,
+            block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens,
+            sliding_window=sliding_window, fixed_split=checks.check_split(fixed_split),
+        )  # fmt: skip
+    elif fixed_split is not None:
+        raise ValueError(f"{fixed_split=} belongs to the schedule: pass it to attention_schedule")
+    else:
+        choice.check_schedule(schedule, request, implementation, choice.target_of(q))
+    o, lse = choice.run(
+        schedule,
         q,
         k_pages,
         v_pages,
@@ -97,7 +114,7 @@ def paged_attention(
         cu_q_lens=cu_q_lens,
         layer=_typed(layer, np.int32),
         sm_scale=_typed(request.head_dim**-0.5 if sm_scale is None else sm_scale, np.float32),
-        sliding_window=_typed(0 if sliding_window is None else sliding_window, np.int32),
+        sliding_window=sliding_window,
         sinks=sinks,
         max_q_len=request.max_q_len,
         causal=causal,
@@ -125,6 +142,8 @@ def paged_attention_decode(
     sinks: jax.Array | None = None,
     implementation: Names = None,
     return_lse: bool = False,
+    fixed_split: int | None = None,
+    schedule: AttentionSchedule | None = None,
 ) -> Any:
     """`paged_attention` for one new token in every row.
 
@@ -142,6 +161,8 @@ def paged_attention_decode(
         sinks: same.
         implementation: same.
         return_lse: same.
+        fixed_split: same.
+        schedule: same (made with `max_q_len=1` and `cu_q_lens` 0, 1, ..., R).
 
     Returns:
         o [R, Hq, D]; with `return_lse`, `(o, lse)` with lse f32[R, Hq].
@@ -167,7 +188,55 @@ def paged_attention_decode(
         sinks=sinks,
         implementation=implementation,
         return_lse=return_lse,
+        fixed_split=fixed_split,
+        schedule=schedule,
     )
+
+
+def attention_schedule(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    *,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    sliding_window: jax.Array | int | None = None,
+    implementation: Names = None,
+    fixed_split: int | None = None,
+    **options: Any,
+) -> AttentionSchedule:
+    """Divides the work of a step's attention, once for all layers that share a sliding window.
+
+    A scan over layers would otherwise divide it anew in each of them.
+
+    Args:
+        q: as in `paged_attention`, or its `jax.ShapeDtypeStruct`: only shapes are looked at.
+        k_pages: same.
+        v_pages: same.
+        block_tables: as in `paged_attention`.
+        kv_lens: same.
+        cu_q_lens: same.
+        sliding_window: same.
+        implementation: same.
+        fixed_split: same.
+        **options: other arguments of `paged_attention`; `max_q_len` and `causal` matter.
+
+    Returns:
+        What `paged_attention` takes as `schedule`, a pytree.
+
+    Raises:
+        ValueError: as `paged_attention`.
+        TypeError: same.
+        NotImplementedError: same.
+    """
+    batch: dict[str, Any] = dict(block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens)
+    request = checks.check(q, k_pages, v_pages, **batch, sliding_window=sliding_window, **options)
+    return choice.schedule(
+        request, q, implementation, **batch,
+        sliding_window=_typed(sliding_window, np.int32),
+        fixed_split=checks.check_split(fixed_split),
+    )  # fmt: skip
 
 
 def explain(
@@ -197,5 +266,7 @@ def explain(
         ValueError: as `paged_attention`.
         TypeError: same.
     """
+    checks.check_split(options.pop("fixed_split", None))
+    options.pop("schedule", None)
     request = checks.check(q, k_pages, v_pages, **options)
     return choice.consider(request, choice.target_of(q), implementation)

@@ -156,6 +156,27 @@ def check_decode(q: Any, block_tables: Any) -> None:
         )
 
 
+def check_split(fixed_split: int | None) -> int | None:
+    """Validates the size of pieces that do not depend on the batch, and returns it.
+
+    Args:
+        fixed_split: tokens, or None.
+
+    Raises:
+        ValueError: it is not a positive multiple of 64.
+        TypeError: it is not a Python int.
+    """
+    if fixed_split is None:
+        return None
+    if isinstance(fixed_split, bool) or not isinstance(fixed_split, int | np.integer):
+        raise TypeError(
+            f"fixed_split must be a Python int, not {type(fixed_split).__name__}: it is static"
+        )
+    if fixed_split < 1 or fixed_split % 64:
+        raise ValueError(f"{fixed_split=} must be a positive multiple of 64 tokens")
+    return int(fixed_split)
+
+
 def _array(name: str, x: Any) -> None:
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         raise TypeError(f"{name} must be an array, not {type(x).__name__}: wrap it in jnp.asarray")

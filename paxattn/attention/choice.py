@@ -1,19 +1,22 @@
 """Which implementation serves: the list of them, the target, and the choice with its reasons.
 
 An implementation is a name, a check that raises NotImplementedError with the reason when it cannot
-serve a request on a target, and a function that runs it. By default the native one of the target is
+serve a request on a target, and two functions: one divides the work of a step's batch, the other
+runs a layer of it. By default the native one of the target is
 tried first and the reference last; a target with an accelerator that ends up on the reference is
 told why, once per reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from paxattn.attention import reference
 from paxattn.attention.checks import Request
@@ -63,17 +66,45 @@ class Implementation:
         name: what `implementation=` calls it.
         check: given a request (None: any) and a target, says why it can serve, or raises
             NotImplementedError saying why not.
-        run: runs it; arguments as `paged_attention_reference` has them.
+        schedule: works out what is the same for all layers of a step, a pytree.
+        run: runs it; arguments as `paged_attention_reference` has them, and `plan`, what
+            `schedule` has worked out.
     """
 
     name: str
     check: Callable[[Request | None, Target], str]
+    schedule: Callable[..., Any]
     run: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class AttentionSchedule:
+    """Which implementation serves a step's attention, and how its work is divided.
+
+    Attributes:
+        plan: the implementation's own.
+        implementation: its name.
+        request: what is static about the calls it is for.
+    """
+
+    plan: Any
+    implementation: str = field(metadata=dict(static=True))
+    request: Request = field(metadata=dict(static=True))
 
 
 def _check_reference(request: Request | None, target: Target) -> str:
     del request, target
     return "plain jax.numpy, serves everything on any platform"
+
+
+def _schedule_reference(request: Request, target: Target, **batch: Any) -> None:
+    """Nothing: the reference finds its way as it goes."""
+
+
+def _run_reference(*args: Any, plan: None, sliding_window: Any, **options: Any) -> Any:
+    window = np.int32(0) if sliding_window is None else sliding_window  # (one compilation)
+    return reference.paged_attention_reference(*args, sliding_window=window, **options)
 
 
 def _missing(kernel: str) -> Callable[..., Any]:
@@ -86,12 +117,23 @@ def _missing(kernel: str) -> Callable[..., Any]:
 _IMPLEMENTATIONS = {
     i.name: i
     for i in (
-        Implementation(name="mosaic_gpu", check=mosaic_gpu.check, run=mosaic_gpu.run),
-        Implementation(name="mosaic_tpu", check=_missing("Mosaic TPU"), run=_missing("Mosaic TPU")),
+        Implementation(
+            name="mosaic_gpu",
+            check=mosaic_gpu.check,
+            schedule=mosaic_gpu.schedule,
+            run=mosaic_gpu.run,
+        ),
+        Implementation(
+            name="mosaic_tpu",
+            check=_missing("Mosaic TPU"),
+            schedule=_missing("Mosaic TPU"),
+            run=_missing("Mosaic TPU"),
+        ),
         Implementation(
             name="reference",
             check=_check_reference,
-            run=reference.paged_attention_reference,
+            schedule=_schedule_reference,
+            run=_run_reference,
         ),
     )
 }
@@ -189,18 +231,20 @@ def consider(request: Request, target: Target, implementation: Names) -> Explana
     return Explanation(implementation=None, target=target, reasons=tuple(reasons))
 
 
-def choose(
-    request: Request, q: Any, implementation: Names
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Finds the implementation that serves, and warns (once per reason) of a slow fallback.
+def schedule(request: Request, q: Any, implementation: Names, **batch: Any) -> AttentionSchedule:
+    """Finds the implementation that serves and has it divide a batch's work.
+
+    Warns (once per reason) of a slow fallback.
 
     Args:
         request: what is asked.
         q: tells the target.
         implementation: as in `paged_attention`.
+        **batch: `block_tables`, `kv_lens`, `cu_q_lens`, `sliding_window` and `fixed_split`, as in
+            `paged_attention`.
 
     Returns:
-        The function to run.
+        The schedule.
 
     Raises:
         NotImplementedError: nothing that was asked for can serve.
@@ -221,4 +265,60 @@ def choose(
         if message not in _warned:
             _warned.add(message)
             warnings.warn(message, stacklevel=3)
-    return _IMPLEMENTATIONS[made.implementation].run
+    plan = _IMPLEMENTATIONS[made.implementation].schedule(request, made.target, **batch)
+    return AttentionSchedule(
+        plan=plan, implementation=made.implementation, request=_of_step(request)
+    )
+
+
+def _of_step(request: Request) -> Request:
+    """What of a request a schedule depends on; layers may differ in the rest."""
+    return dataclasses.replace(
+        request, num_layers=None, soft_cap=False, sinks=False, return_lse=False
+    )
+
+
+def check_schedule(
+    schedule: AttentionSchedule, request: Request, implementation: Names, target: Target
+) -> None:
+    """Checks that a schedule is for such a call.
+
+    Args:
+        schedule: from `schedule`.
+        request: what is asked.
+        implementation: as in `paged_attention`.
+        target: what for.
+
+    Raises:
+        ValueError: it is for another; says in what they differ.
+    """
+    wanted = _of_step(request)
+    for item in dataclasses.fields(Request):
+        made, now = getattr(schedule.request, item.name), getattr(wanted, item.name)
+        if made != now:
+            raise ValueError(
+                f"the schedule was made for {item.name}={made}, this call has {now}: make it with "
+                "attention_schedule and the same arguments"
+            )
+    if implementation is not None and schedule.implementation not in _in_order(
+        implementation, target
+    ):
+        raise ValueError(
+            f"the schedule was made for implementation={schedule.implementation!r}, this call asks "
+            f"for {implementation!r}: pass the same to both"
+        )
+
+
+def run(schedule: AttentionSchedule, *args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Runs the implementation that a schedule is for.
+
+    Args:
+        schedule: from `schedule`.
+        *args: q, k_pages and v_pages.
+        **options: the implementation's other arguments.
+
+    Returns:
+        o and lse.
+    """
+    implementation = _IMPLEMENTATIONS[schedule.implementation]
+    return implementation.run(*args, plan=schedule.plan, **options)

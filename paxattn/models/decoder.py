@@ -29,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from paxattn.kv_cache import KVCache, init_kv_cache
 from paxattn.models.config import DecoderConfig
 from paxattn.nn import attend as paged_attend
-from paxattn.nn import attend_heads, rms_norm
+from paxattn.nn import attend_heads, rms_norm, schedule_attention
 from paxattn.ragged import RaggedBatch
 from paxattn.rope import rotate
 
@@ -151,6 +151,8 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: its `DecoderConfig` (static).
+        implementation: which attention implementation, None for the best there is (static; may be
+            set after loading).
         embed: ``[vocab_size, hidden_size]``.
         kernels: name to a Param ``[num_layers, out..., in]``, or to a tuple of as many Params
             ``[out..., in]``; see `kernel_shapes`.
@@ -167,6 +169,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         stacked: bool | None = None,
         weights: Weights | None = None,
+        implementation: str | tuple[str, ...] | None = None,
     ):
         """Make a decoder with random weights, or with given ones.
 
@@ -178,6 +181,7 @@ class Decoder(nnx.Module):
                 chooses by ``jax.default_backend()``.
             weights: ``weights(name, layer, shape)`` gives each array, in ``dtype``, one at a time;
                 instead of ``rngs``.
+            implementation: of attention, as in `paged_attention`.
 
         Raises:
             ValueError: neither or both of ``rngs`` and ``weights``, or an unsuitable dtype.
@@ -205,6 +209,7 @@ class Decoder(nnx.Module):
             return nnx.Param(jnp.asarray(np.stack([weights(name, i, shape) for i in layers])))
 
         self.config = config
+        self.implementation = implementation
         once = {
             name: nnx.Param(jnp.asarray(weights(name, None, shape)))
             for name, shape in model_shapes(config).items()
@@ -262,14 +267,11 @@ class Decoder(nnx.Module):
             name: tuple(one[...] for one in kernel) if isinstance(kernel, tuple) else kernel[...]
             for name, kernel in self.kernels.items()
         }
-        # One window for all layers stays a Python number, which a kernel may build upon.
-        uniform = len(set(config.windows)) <= 1
-        common_window = (config.windows[0] or None) if config.windows and uniform else None
-        windows = None if uniform else jnp.asarray(config.windows, jnp.int32)
+        attend_options, kinds = self._attend_options(batch, cache, attend)
 
         def layer_step(carry: tuple[jax.Array, Any], per_layer: Any) -> tuple[Any, None]:
             x, cache = carry
-            layer, vectors, window = per_layer
+            layer, vectors, kind = per_layer
 
             h = rms_norm(x, vectors["attention_norm"], config.norm_eps)
             qkv = project(h, kernels["qkv"], layer)  # [T, num_kv_heads, group + 2, head_dim]
@@ -287,7 +289,7 @@ class Decoder(nnx.Module):
                 norm_eps=config.norm_eps,
                 rotate=partial(rotate, cos=cos, sin=sin),
                 attend=attend,
-                sliding_window=common_window if uniform else window,
+                **attend_options(kind),
             )
             x = x + project(out.reshape(x.shape[0], -1), kernels["o"], layer)
             h = rms_norm(x, vectors["mlp_norm"], config.norm_eps)
@@ -298,7 +300,7 @@ class Decoder(nnx.Module):
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
         vectors = {name: vector[...] for name, vector in self.vectors.items()}
-        (x, cache), _ = lax.scan(layer_step, (x, cache), (layers, vectors, windows))
+        (x, cache), _ = lax.scan(layer_step, (x, cache), (layers, vectors, kinds))
         return rms_norm(x, self.norm[...], config.norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -309,6 +311,37 @@ class Decoder(nnx.Module):
         """
         head = self.embed if self.head is None else self.head
         return _product(hidden, head[...])
+
+    def _attend_options(
+        self, batch: RaggedBatch, cache: Any, attend: Callable
+    ) -> tuple[Callable[[jax.Array | None], dict[str, Any]], jax.Array | None]:
+        """Options for ``attend`` by kind of layer, and the layers' kinds, i32[num_layers].
+
+        Layers with the same sliding window are of a kind, and share the schedule of the step.
+        """
+        kinds = sorted(set(self.config.windows)) or [0]
+
+        def options(window: ArrayLike | None) -> dict[str, Any]:
+            options: dict[str, Any] = dict(sliding_window=window)
+            if attend is paged_attend:
+                options["schedule"] = schedule_attention(
+                    batch,
+                    cache,
+                    num_q_heads=self.config.num_heads,
+                    implementation=self.implementation,
+                    **options,
+                )
+            return options
+
+        if len(kinds) == 1:
+            # One window for all layers stays a Python number, which a kernel may build upon.
+            common = options(kinds[0] or None)
+            return lambda kind: common, None
+        each = [options(window) for window in jnp.asarray(kinds, jnp.int32)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        pick = partial(lax.dynamic_index_in_dim, keepdims=False)
+        of_layer = jnp.asarray([kinds.index(window) for window in self.config.windows], jnp.int32)
+        return lambda kind: jax.tree.map(lambda x: pick(x, kind), stacked), of_layer
 
     def _check_cache(self, cache: KVCache) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim"):

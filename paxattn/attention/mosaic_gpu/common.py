@@ -51,6 +51,18 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
+def store(ref: Any, value: jax.Array) -> None:
+    """Writes all of a reference, in the layout that the value has.
+
+    Rows of a few queries are less than a cache line, and transposed ones meet in a bank: what jax
+    0.12 calls not optimized, and refuses unless told.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def barriers(count: int, arrivals: int = 1) -> Any:
     """An array of barriers (jax 0.10 and 0.11 differ on what no number means)."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)

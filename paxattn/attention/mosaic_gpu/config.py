@@ -38,6 +38,27 @@ def max_rows(head_dim: int) -> int:
     return 48 if head_dim <= 128 else 24
 
 
+def short_q_len(max_q_len: int, group: int, head_dim: int) -> int:
+    """New tokens that a row may have to be served by the decode kernel; rows with more are long.
+
+    If even the longest row fits, there are no long ones. Else, in a mixed batch, those rows are
+    short that fit a tile of 16 packed rows (one token of a larger group): nearly all have a single
+    new token, and would pay for a larger tile with every block.
+
+    Args:
+        max_q_len: bound on the new tokens of a row.
+        group: query heads per KV head.
+        head_dim: elements per head.
+
+    Returns:
+        The bound, from 0 (the group is too large: all rows are long) to `max_q_len`.
+    """
+    most = max_rows(head_dim)
+    if max_q_len * group <= most:
+        return max_q_len
+    return max(16 // group, 1) if group <= most else 0
+
+
 def packed_rows(max_q_len: int, group: int) -> int:
     """Rows of a query tile: tokens x group in whole multiples of 8, as the tensor cores want."""
     return -(-max_q_len * group // 8) * 8

@@ -56,7 +56,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paxattn.attention import schedule as plan
-from paxattn.attention.mosaic_gpu.common import LOG2E, LOWEST, across, capped, load
+from paxattn.attention.mosaic_gpu.common import LOG2E, LOWEST, across, capped, load, store
 from paxattn.attention.mosaic_gpu.config import Config
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -278,7 +278,7 @@ def _clear_unstored(v: Any, first: jax.Array, item: _Item, pages: jax.Array, t: 
         for column in t.columns:
             part = v.at[:, pl.ds(column, 64)]
             old = load(part, _WGMMA)
-            part[...] = jnp.where(keep, old, jnp.zeros_like(old))
+            store(part, jnp.where(keep, old, jnp.zeros_like(old)))
         plgpu.commit_smem()
 
 
@@ -319,7 +319,7 @@ def consume(
             else:
                 total = total * decay + p.sum(axis=0)
             acc = tuple(a * across(decay, a.shape, 1) for a in acc)
-            s.p.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(t.dtype), _TRANSPOSED)
+            store(s.p.transpose((1, 0)), plgpu.layout_cast(p.astype(t.dtype), _TRANSPOSED))
             plgpu.commit_smem()
 
             def p_dot_v(product: Any, columns: tuple[int, int]) -> jax.Array:
@@ -379,9 +379,9 @@ def _finish(out: Outputs, item: _Item, top: jax.Array, total: jax.Array, acc: tu
         begin = 0
         for a in acc:
             o = (a * across(1.0 / total, a.shape, 1)).astype(o_ref.dtype)
-            o_ref[pl.ds(begin, a.shape[0])] = o
+            store(o_ref.at[pl.ds(begin, a.shape[0])], o)
             begin += a.shape[0]
-        lse_ref[...] = lse
+        store(lse_ref, lse)
 
     @pl.when(item.slot < 0)
     def _() -> None:

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn.attention.mosaic_gpu.common import LOWEST, across, load
+from paxattn.attention.mosaic_gpu.common import LOWEST, across, load, store
 
 _COLUMNS = 64
 _AT_A_TIME = 4  # pieces whose loads are in flight together
@@ -74,11 +74,12 @@ def merge(
             )
             steps = lax.div(count + (_AT_A_TIME - 1), jnp.int32(_AT_A_TIME))
             top, total, acc = lax.fori_loop(0, steps, some, start)
-            o_out[slot, place] = (acc * across(1.0 / total, acc.shape, 1)).astype(o_out.dtype)
+            o = (acc * across(1.0 / total, acc.shape, 1)).astype(o_out.dtype)
+            store(o_out.at[slot, place], o)
 
             @pl.when(part == 0)
             def _() -> None:
-                lse_out[slot] = top + jnp.log2(total)
+                store(lse_out.at[slot], top + jnp.log2(total))
 
     return plgpu.kernel(
         merge_parts,

@@ -57,8 +57,9 @@ import jax.numpy as jnp
 
 from paxattn.attention.mosaic_gpu import prefill_kernel, prefill_tiles
 from paxattn.attention.mosaic_gpu.common import LOG2E
-from paxattn.attention.mosaic_gpu.prefill_config import Config, default_config
+from paxattn.attention.mosaic_gpu.prefill_config import Config
 from paxattn.attention.mosaic_gpu.prefill_kernel import CONSUMERS
+from paxattn.attention.mosaic_gpu.prefill_tiles import Tiles
 from paxattn.attention.mosaic_gpu.prefill_work import Static
 
 
@@ -68,47 +69,40 @@ def prefill_attention(
     v_pages: jax.Array,
     *,
     block_tables: jax.Array,
-    kv_lens: jax.Array,
     cu_q_lens: jax.Array,
-    layer: jax.Array | int | None,
+    layer: jax.Array | int,
     sm_scale: jax.Array | float,
     sliding_window: jax.Array | int | None,
     causal: bool,
     soft_cap: float | None,
-    chosen: jax.Array | None = None,
-    min_packed: int = 1,
-    config: Config | None = None,
+    tiles: Tiles,
+    config: Config,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of the chosen rows of a ragged batch, without sinks.
+    """Attention of the rows of a ragged batch that were cut into tiles, without sinks.
 
     Arguments as `paged_attention_reference` has them, of requests that `prefill_config.check`
     accepts.
 
     Args:
         q: [T, Hq, D], bf16 or f16.
-        k_pages: [L, N, Hkv, P, D], or [N, Hkv, P, D] without `layer`; q's dtype.
+        k_pages: [L, N, Hkv, P, D], q's dtype.
         v_pages: same.
         block_tables: i32[R, M]; what follows an entry that is no page is hidden.
-        kv_lens: i32[R].
         cu_q_lens: i32[R + 1].
-        layer: i32[] or None.
+        layer: i32[].
         sm_scale: positive factor on `q . k`.
         sliding_window: i32[] (not positive: none), or None, which makes a smaller kernel.
         causal: whether a query is blind to later positions.
         soft_cap: `cap * tanh(s / cap)` on scaled scores, or None.
-        chosen: bool[R], the rows to serve; None: all.
-        min_packed: packed query rows (tokens x G) that every chosen row has at least: bounds the
-            number of tiles, and so the padding.
-        config: block sizes; None: `default_config`.
+        tiles: from `prefill_tiles.cut`, for the same window.
+        config: block sizes.
         interpret: `plgpu.InterpretGPUParams` to run in Pallas' interpreter.
 
     Returns:
-        o [T, Hq, D] in q's dtype and lse f32[T, Hq]; 0 and -inf for tokens of rows not chosen, for
-        padding, and for tokens that see nothing.
+        o [T, Hq, D] in q's dtype and lse f32[T, Hq]; 0 and -inf for tokens of rows that are in no
+        tile, for padding, and for tokens that see nothing.
     """
-    if layer is None:
-        k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
     tokens, num_q_heads, head_dim = q.shape
     num_layers, num_pages, num_kv_heads, page_size, _ = k_pages.shape
     s = Static(
@@ -121,25 +115,10 @@ def prefill_attention(
         causal=causal,
         window=sliding_window is not None,
         soft_cap=soft_cap,
-        config=config or default_config(head_dim=head_dim),
+        config=config,
         interpret=interpret is not None,
     )
     window = jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32)
-    tiles = prefill_tiles.cut(
-        block_tables=block_tables,
-        kv_lens=kv_lens,
-        cu_q_lens=cu_q_lens,
-        chosen=jnp.ones(kv_lens.shape, bool) if chosen is None else chosen,
-        window=window if s.window else None,
-        causal=causal,
-        num_tokens=tokens,
-        group=s.group,
-        num_kv_heads=num_kv_heads,
-        num_pages=num_pages,
-        page_size=page_size,
-        token_bytes=2 * head_dim * q.dtype.itemsize,
-        min_packed=min_packed,
-    )
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
     packed = prefill_tiles.pack_queries(q, tiles, cu_q_lens, num_kv_heads)
@@ -155,7 +134,7 @@ def prefill_attention(
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+        **({} if interpret is None else dict(interpret=interpret)),
     )(
         packed,
         k_pages,

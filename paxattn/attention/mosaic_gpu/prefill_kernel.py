@@ -28,6 +28,7 @@ from paxattn.attention.mosaic_gpu.common import (
     capped,
     load,
     operand,
+    store,
 )
 from paxattn.attention.mosaic_gpu.prefill_config import TILE
 from paxattn.attention.mosaic_gpu.prefill_tiles import Tile
@@ -176,7 +177,7 @@ def _clear_past(v: Any, left: jax.Array) -> None:
     for top, at in itertools.product(range(0, v.shape[0], 64), range(0, v.shape[1], columns)):
         part = v.at[pl.ds(top, 64), pl.ds(at, columns)]
         values = load(part, _WGMMA)
-        part[...] = jnp.where(row < left - top, values, jnp.zeros_like(values))
+        store(part, jnp.where(row < left - top, values, jnp.zeros_like(values)))
     plgpu.commit_smem()
 
 
@@ -185,7 +186,7 @@ def _add_product(
 ) -> jax.Array:
     """`acc + p @ v`, and something to do while the tensor cores are at it."""
     if s.interpret:
-        p_smem[...] = p
+        store(p_smem, p)
         plgpu.commit_smem()
 
         def fresh(ref: Any) -> jax.Array:
@@ -314,8 +315,8 @@ def _consume(s: Static, refs: Refs, smem: Scratch) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         nothing = total == 0.0
         acc = acc * across(1.0 / jnp.where(nothing, 1.0, total), acc.shape, 0)
-        o_out[...] = acc.astype(s.dtype)
-        lse_out[...] = jnp.where(nothing, -jnp.inf, top * LN2 + jnp.log(total))
+        store(o_out, acc.astype(s.dtype))
+        store(lse_out, jnp.where(nothing, -jnp.inf, top * LN2 + jnp.log(total)))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_out, refs.o.at[mine(item)])
         plgpu.copy_smem_to_gmem(lse_out, refs.lse.at[mine(item)])
@@ -343,7 +344,7 @@ def kernel(s: Static) -> Callable[..., None]:
     """
 
     def paged_prefill(*refs: Any, **smem: Any) -> None:
-        wg, (most, least) = lax.axis_index("wg"), s.registers
+        cta, wg, (most, least) = lax.axis_index("cta"), lax.axis_index("wg"), s.registers
 
         @pl.when(wg == CONSUMERS)
         def _() -> None:
@@ -351,11 +352,11 @@ def kernel(s: Static) -> Callable[..., None]:
 
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
-                pl.when(warp == 0)(lambda: _produce(s, Refs(*refs), Scratch(**smem)))
+                pl.when(warp == 0)(lambda: _produce(s, Refs(cta, *refs), Scratch(**smem)))
 
         @pl.when(wg < CONSUMERS)
         def _consumer() -> None:
             plgpu.set_max_registers(most, action="increase")
-            _consume(s, Refs(*refs), Scratch(**smem))
+            _consume(s, Refs(cta, *refs), Scratch(**smem))
 
     return paged_prefill

@@ -69,20 +69,6 @@ class Tiles:
     served: jax.Array
 
 
-def rows_above(cu_q_lens: jax.Array, *, group: int, packed_rows: int) -> jax.Array:
-    """The rows that this kernel should serve: those with more packed query rows than a bound.
-
-    Args:
-        cu_q_lens: i32[R + 1].
-        group: G.
-        packed_rows: what the decode kernel takes.
-
-    Returns:
-        bool[R].
-    """
-    return (cu_q_lens[1:] - cu_q_lens[:-1]) * group > packed_rows
-
-
 def max_tiles(*, num_tokens: int, num_rows: int, group: int, min_packed: int) -> int:
     """The static bound B on the number of tiles.
 

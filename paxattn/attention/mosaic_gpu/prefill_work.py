@@ -60,8 +60,9 @@ class Static:
 
 
 class Refs(NamedTuple):
-    """GMEM, in the kernel's order of arguments; the outputs last."""
+    """This CTA's number, and GMEM in the kernel's order of arguments; the outputs last."""
 
+    cta: jax.Array  # (jax 0.10 does not tell it to a warp)
     q: Any  # [Hkv, B, 128, D]
     k_pages: Any  # [L, N, Hkv, P, D]
     v_pages: Any
@@ -80,10 +81,9 @@ class Item(NamedTuple):
     tile: Tile
 
 
-def _position(s: Static, nth: jax.Array) -> jax.Array:
+def _position(s: Static, refs: Refs, nth: jax.Array) -> jax.Array:
     """This CTA's position in the `nth` pass through the list, there and back."""
-    cta = lax.axis_index("cta")
-    return jnp.where(lax.rem(nth, _i32(2)) == 1, s.config.num_ctas - 1 - cta, cta)
+    return jnp.where(lax.rem(nth, _i32(2)) == 1, s.config.num_ctas - 1 - refs.cta, refs.cta)
 
 
 def num_items(s: Static, refs: Refs) -> jax.Array:
@@ -91,7 +91,7 @@ def num_items(s: Static, refs: Refs) -> jax.Array:
     ctas = s.config.num_ctas
     total = refs.numbers[0] * s.num_kv_heads
     passes = lax.div(total, _i32(ctas))
-    return passes + (_position(s, passes) < total - passes * ctas).astype(_i32)
+    return passes + (_position(s, refs, passes) < total - passes * ctas).astype(_i32)
 
 
 def item_at(s: Static, refs: Refs, nth: jax.Array) -> Item:
@@ -100,7 +100,9 @@ def item_at(s: Static, refs: Refs, nth: jax.Array) -> Item:
     Beyond the list (somebody looks ahead) it is an item that can be read, but need not be.
     """
     count, together = jnp.maximum(refs.numbers[0], 1), refs.numbers[1]
-    number = jnp.minimum(nth * s.config.num_ctas + _position(s, nth), count * s.num_kv_heads - 1)
+    number = jnp.minimum(
+        nth * s.config.num_ctas + _position(s, refs, nth), count * s.num_kv_heads - 1
+    )
     heads = lax.div(number, count * together)
     rest = number - heads * count * together
     width = jnp.minimum(together, s.num_kv_heads - heads * together)

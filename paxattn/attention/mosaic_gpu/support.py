@@ -1,8 +1,7 @@
 """What the Mosaic GPU kernels serve, and the way into them. Importing this imports no kernel.
 
-`check` declines with a reason; `run` sends a batch to the kernel for its kind. Today that is the
-decode kernel alone: batches with more packed query rows per KV head than its tile holds are
-declined. (A prefill kernel joins in `_kernel_for`.)
+`check` declines with a reason, `schedule` divides a batch between the two kernels and over the
+multiprocessors, and `run` serves it so.
 """
 
 from __future__ import annotations
@@ -13,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from paxattn.attention.checks import Request
+from paxattn.attention.mosaic_gpu import prefill_config
 from paxattn.attention.mosaic_gpu.config import (
     DTYPES,
     HEAD_DIMS,
     default_config,
-    max_rows,
     packed_rows,
+    short_q_len,
 )
 
 if TYPE_CHECKING:
     from paxattn.attention.choice import Target
+    from paxattn.attention.mosaic_gpu.plan import Plan
 
 _HOPPER = re.compile(r"\b(GH200|H200|H100|H800|H20)\b")
 _SMS = {"NVIDIA H100 PCIe": 114, "NVIDIA H20": 78}  # others: 132
@@ -47,7 +48,7 @@ def check(request: Request | None, target: Target) -> str:
             f"its kernels are for NVIDIA Hopper GPUs (H100, H200, GH200), not {target.device_kind}"
         )
     if request is None:
-        return "decode kernel for NVIDIA Hopper GPUs"
+        return "decode and prefill kernels for NVIDIA Hopper GPUs"
     if request.dtype not in DTYPES:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
@@ -60,66 +61,98 @@ def check(request: Request | None, target: Target) -> str:
 
 
 def _kernel_for(request: Request) -> str:
-    """Names the kernel for a batch: the place where one for long rows will join."""
+    """Names the kernels that a batch needs, and why."""
     group = request.num_q_heads // request.num_kv_heads
-    rows, most = request.max_q_len * group, max_rows(request.head_dim)
-    if rows <= most:
-        return f"decode kernel, {packed_rows(request.max_q_len, group)} query rows per KV head"
-    raise NotImplementedError(
-        f"max_q_len={request.max_q_len} new tokens x {group} query heads per KV head are {rows} "
-        f"query rows, more than the {most} of the decode kernel with head_dim={request.head_dim}, "
-        "and there is no prefill kernel yet (in a decode step, pass max_q_len=1)"
+    short = short_q_len(request.max_q_len, group, request.head_dim)
+    decode = f"decode kernel, {packed_rows(short, group)} query rows per KV head"
+    if short == request.max_q_len:
+        return decode
+    prefill_config.check(request)
+    return "prefill kernel" if short == 0 else f"prefill kernel; rows of at most {short}: {decode}"
+
+
+def schedule(
+    request: Request,
+    target: Target,
+    *,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    sliding_window: jax.Array | int | None,
+    fixed_split: int | None,
+) -> Plan:
+    """Divides a batch between the kernels and over the multiprocessors.
+
+    Args:
+        request: what is static about it, accepted by `check`.
+        target: what for.
+        block_tables: i32[R, M].
+        kv_lens: i32[R].
+        cu_q_lens: i32[R + 1].
+        sliding_window: i32[] (not positive: none), or None.
+        fixed_split: tokens per piece of a row, or None. (The prefill kernel never cuts a row's
+            tokens: its results do not depend on the batch anyway.)
+
+    Returns:
+        The plan.
+    """
+    from paxattn.attention.mosaic_gpu import plan
+
+    group, head_dim = request.num_q_heads // request.num_kv_heads, request.head_dim
+    short, num_sms = short_q_len(request.max_q_len, group, head_dim), sms(target)
+    rows = packed_rows(short, group)
+    return plan.plan_batch(
+        block_tables=block_tables,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        sliding_window=sliding_window,
+        request=request,
+        short_q_len=short,
+        decode=default_config(rows=rows, head_dim=head_dim, num_sms=num_sms, split=fixed_split)
+        if short
+        else None,
+        prefill=prefill_config.default_config(head_dim=head_dim, num_sms=num_sms)
+        if short < request.max_q_len
+        else None,
     )
 
 
+def sms(target: Target) -> int:
+    """Multiprocessors of a target."""
+    return _SMS.get(target.device_kind, 132)
+
+
 def run(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, *, sinks: jax.Array | None, **options: Any
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    sinks: jax.Array | None,
+    plan: Plan,
+    kv_lens: jax.Array,
+    max_q_len: int,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """The implementation named "mosaic_gpu". Arguments are as those of the reference.
+    """The implementation named "mosaic_gpu".
 
     Args:
         q: [T, Hq, D], bf16 or f16.
         k_pages: [L, N, Hkv, P, D], or [N, Hkv, P, D] without `layer`.
         v_pages: same.
         sinks: f32[Hq] or None.
-        **options: the other arguments of `paged_attention_reference`.
+        plan: from `schedule`.
+        kv_lens: i32[R]; the plan has what matters of it.
+        max_q_len: same.
+        **options: the other arguments of `op.attend_batch`.
 
     Returns:
         o [T, Hq, D] in q's dtype, lse f32[T, Hq].
 
     Raises:
-        NotImplementedError: a gradient is asked for.
-    """
-    from paxattn.attention import choice
-
-    heads, _, head_dim = k_pages.shape[-3:]
-    config = default_config(
-        rows=packed_rows(options["max_q_len"], q.shape[1] // heads),
-        head_dim=head_dim,
-        num_sms=_SMS.get(choice.target_of(q).device_kind, 132),
-    )
-    return run_with(q, k_pages, v_pages, sinks=sinks, config=config, **options)
-
-
-def run_with(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, *, sinks: jax.Array | None, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """`run`, with a given `config` (and `interpret`, without a GPU).
-
-    Args:
-        q: as in `run`, like the other arguments.
-        k_pages: same.
-        v_pages: same.
-        sinks: same.
-        **options: those of `op.attend_short_rows`.
-
-    Returns:
-        o and lse.
-
-    Raises:
         NotImplementedError: a gradient is asked for, or the caller is a `shard_map` that checks
             over which axes values vary, which Pallas' kernels for warps do not support.
     """
+    del kv_lens, max_q_len
     if any(jax.typeof(x).manual_axis_type.varying for x in (q, k_pages, v_pages)):
         raise NotImplementedError(
             "mosaic_gpu runs inside a jax.shard_map only with check_vma=False (Pallas cannot tell "
@@ -130,7 +163,7 @@ def run_with(
 
     @jax.custom_jvp
     def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any) -> Any:
-        return op.attend_short_rows(q, k_pages, v_pages, sinks=sinks, **options)
+        return op.attend_batch(q, k_pages, v_pages, sinks=sinks, plan=plan, **options)
 
     @attend.defjvp
     def _(primals: Any, tangents: Any) -> Any:

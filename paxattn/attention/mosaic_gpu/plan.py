@@ -1,0 +1,138 @@
+"""Who serves which rows of a batch, and in which order: made once per step, shared by its layers.
+
+Rows whose packed query rows (new tokens x group) fit a tile of the decode kernel go there, the
+others to the prefill kernel. Which, depends on a row's own new tokens and on what is static.
+
+Letters: T tokens of the ragged batch, R rows, M `max_pages_per_seq`, C `ShortRows.max_q_len`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from paxattn.attention.checks import Request
+from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
+from paxattn.attention.mosaic_gpu.config import Config
+from paxattn.attention.mosaic_gpu.prefill_tiles import Tiles
+from paxattn.attention.schedule import Schedule, schedule_decode
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ShortRows:
+    """The decode kernel's part.
+
+    Attributes:
+        schedule: its work.
+        place: i32[T], where each token's result is in [R * C].
+        served: bool[T], whether a token is of a row that the kernel serves.
+        max_q_len: C, bound on the new tokens of those rows.
+        config: block sizes.
+    """
+
+    schedule: Schedule
+    place: jax.Array
+    served: jax.Array
+    max_q_len: int = field(metadata=dict(static=True))
+    config: Config = field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LongRows:
+    """The prefill kernel's part: its work, and block sizes."""
+
+    tiles: Tiles
+    config: prefill_config.Config = field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Both parts; None where a kernel can have nothing to do, whatever the lengths are."""
+
+    short: ShortRows | None
+    long: LongRows | None
+
+
+@functools.partial(jax.jit, static_argnames=("request", "short_q_len", "decode", "prefill"))
+def plan_batch(
+    *,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    sliding_window: jax.Array | int | None,
+    request: Request,
+    short_q_len: int,
+    decode: Config | None,
+    prefill: prefill_config.Config | None,
+) -> Plan:
+    """Divides a batch.
+
+    Args:
+        block_tables: i32[R, M].
+        kv_lens: i32[R].
+        cu_q_lens: i32[R + 1].
+        sliding_window: i32[] (not positive: none), or None.
+        request: what is static about the call.
+        short_q_len: C, from `config.short_q_len`.
+        decode: the decode kernel's block sizes; None if no row goes there.
+        prefill: the prefill kernel's; None if no row goes there.
+
+    Returns:
+        The plan.
+    """
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    short, long = q_lens <= short_q_len, None
+    if prefill is not None:
+        group = request.num_q_heads // request.num_kv_heads
+        tiles = prefill_tiles.cut(
+            block_tables=block_tables,
+            kv_lens=kv_lens,
+            cu_q_lens=cu_q_lens,
+            chosen=~short,
+            window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
+            causal=request.causal,
+            num_tokens=request.num_tokens,
+            group=group,
+            num_kv_heads=request.num_kv_heads,
+            num_pages=request.num_pages,
+            page_size=request.page_size,
+            token_bytes=2 * request.head_dim * jnp.dtype(request.dtype).itemsize,
+            min_packed=(short_q_len + 1) * group,
+        )
+        long = LongRows(tiles=tiles, config=prefill)
+        q_lens = jnp.where(short, q_lens, 0)
+    if decode is None:
+        return Plan(short=None, long=long)
+    schedule = schedule_decode(
+        q_lens,
+        kv_lens,
+        jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32),
+        num_kv_heads=request.num_kv_heads,
+        page_size=request.page_size,
+        max_pages_per_seq=request.max_pages_per_seq,
+        block_kv=decode.block_kv,
+        num_cores=decode.num_cores,
+        split=None if decode.split is None else decode.split // decode.block_kv,
+    )
+    token = jnp.arange(request.num_tokens, dtype=jnp.int32)
+    row = jnp.sum(cu_q_lens[1:] <= token[:, None], axis=1, dtype=jnp.int32)
+    inside = row < request.num_rows
+    row = jnp.where(inside, row, 0)
+    place = jnp.clip(token - cu_q_lens[row], 0, short_q_len - 1)
+    served = inside & ((q_lens > 0) & (kv_lens > 0))[row]
+    return Plan(
+        short=ShortRows(
+            schedule=schedule,
+            place=row * short_q_len + place,
+            served=served,
+            max_q_len=short_q_len,
+            config=decode,
+        ),
+        long=long,
+    )

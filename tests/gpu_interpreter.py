@@ -1,0 +1,105 @@
+"""Runs the GPU kernels in Pallas' interpreter: numbers, barriers, races, poisoned memory.
+
+What the interpreter cannot see (layouts, registers, shared memory) the compile tests look at. The
+memory that a kernel does not write is NaN here.
+"""
+
+import importlib.util
+
+import attention_cases as cases
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paxattn.attention import checks
+from paxattn.attention.mosaic_gpu import plan, support
+from paxattn.attention.mosaic_gpu.config import Config, short_q_len
+from paxattn.attention.mosaic_gpu.prefill_config import default_config
+
+THERE = bool(importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"))
+MARKS = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not THERE, reason="Pallas' GPU interpreter needs jax 0.11"),
+]
+
+
+def interpreted(test):
+    for mark in MARKS:
+        test = mark(test)
+    return test
+
+
+def reset():
+    """After each test: an error leaves the interpreter unusable."""
+    if THERE:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def no_races():
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return not gpu_callbacks.get_races().races_found
+
+
+def call(inputs, *, cores=3, stages=2, ctas=2, split=None, short=None, decode=True, **changes):
+    """`(o, lse)` of the implementation; rows are routed as they would be, unless told otherwise.
+
+    `short` bounds the new tokens of rows for the decode kernel (0: none); with `decode=False` it
+    does not run, and nobody serves them.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    case, options = inputs.case, inputs.options | changes
+    for name in ("layer", "sliding_window"):
+        if isinstance(options[name], int):
+            options[name] = np.int32(options[name])
+    if options["max_q_len"] is None:
+        options["max_q_len"] = max(*case.q_lens, 1)
+    arrays = [jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages)]
+    request = checks.check(*arrays, **options)
+    if short is None:
+        short = short_q_len(request.max_q_len, case.heads[0] // case.heads[1], case.head_dim)
+    decode = Config(block_kv=64, stages=stages, num_cores=cores, split=split) if decode else None
+    prefill = default_config(head_dim=case.head_dim, num_sms=ctas)
+    made = plan.plan_batch(
+        **{k: options[k] for k in ("block_tables", "kv_lens", "cu_q_lens", "sliding_window")},
+        request=request,
+        short_q_len=short,
+        decode=decode if short else None,
+        prefill=prefill if short < request.max_q_len else None,
+    )
+    return support.run(
+        *arrays,
+        **options,
+        plan=made,
+        sm_scale=np.float32(case.head_dim**-0.5),
+        interpret=plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan"),
+    )
+
+
+def as_float64(inputs, got):
+    """The results in float64; fails if a dtype is wrong, or if there was a race."""
+    o, lse = got
+    assert o.dtype == inputs.q.dtype
+    assert lse.dtype == jnp.float32
+    out = np.asarray(o, np.float64), np.asarray(lse, np.float64)
+    assert no_races()
+    return out
+
+
+def run(inputs, **options):
+    return as_float64(inputs, call(inputs, **options))
+
+
+def check(inputs, got, served=None):
+    """Compares with the oracle; of tokens that are not `served` (bool[T]), with nothing."""
+    (o, lse), (want_o, want_lse) = got, cases.oracle(inputs)
+    if served is not None:
+        want_o[~served], want_lse[~served] = 0.0, -np.inf
+    tolerance = cases.TOLERANCE[inputs.case.dtype]
+    np.testing.assert_allclose(o, want_o, atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    np.testing.assert_allclose(lse, want_lse, atol=cases.LSE_TOLERANCE, rtol=cases.LSE_TOLERANCE)
+    np.testing.assert_array_equal(o[np.isneginf(want_lse)], 0.0)  # exactly
