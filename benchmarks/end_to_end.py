@@ -29,6 +29,7 @@ from jax import lax
 from paxattn import generate, load, page_table
 from paxattn.decode_step import DecodeState, Status, decode
 from paxattn.models import Decoder, DecoderConfig
+from paxattn.pool import Pool
 from paxattn.ragged import RaggedBatch
 from paxattn.sampling import SamplingParams, row_sampling, sample
 from paxattn.step import no_use
@@ -224,8 +225,12 @@ def paged_state(model, k, v, first, start, params, seen, page_size=16) -> Decode
         return pool.at[:, held.block_tables].set(pages, mode="drop")
 
     return DecodeState(
-        table=held,
-        cache=type(cache)(k_pages=paged(k, cache.k_pages), v_pages=paged(v, cache.v_pages)),
+        pool=Pool(
+            table=held,
+            cache=type(cache)(k_pages=paged(k, cache.k_pages), v_pages=paged(v, cache.v_pages)),
+            prefix=None,
+            salts=jnp.zeros(BATCH, jnp.int32),
+        ),
         status=jnp.full(BATCH, int(Status.RUNNING), jnp.int32),
         last_token=first + 0,
         num_generated=jnp.zeros(BATCH, jnp.int32),

@@ -8,11 +8,13 @@ from paxattn import kv_cache, page_table
 from paxattn.attention import explain, paged_attention, paged_attention_decode
 from paxattn.decode_step import DecodeState, Status
 from paxattn.generate import Stream, generate, stream
+from paxattn.kept_pool import KeptPool
 from paxattn.kv_cache import KVCache, init_kv_cache
 from paxattn.memory import plan
 from paxattn.models import Checkpoint, CheckpointError, Decoder, DecoderConfig, bundled, load
 from paxattn.nn import PagedAttention
 from paxattn.page_table import PageTable, init_page_table
+from paxattn.pool import Pool, init_pool
 from paxattn.ragged import RaggedBatch, ragged_batch
 from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
@@ -32,9 +34,11 @@ __all__ = [
     "DraftModel",
     "Generation",
     "KVCache",
+    "KeptPool",
     "NGram",
     "PageTable",
     "PagedAttention",
+    "Pool",
     "RaggedBatch",
     "SamplingParams",
     "Status",
@@ -44,6 +48,7 @@ __all__ = [
     "generate",
     "init_kv_cache",
     "init_page_table",
+    "init_pool",
     "kv_cache",
     "load",
     "page_table",

@@ -27,18 +27,9 @@ from jax import lax
 
 from paxattn import page_table
 from paxattn.decode_step import Status
-from paxattn.kv_cache import KVCache
-from paxattn.page_table import PageTable
+from paxattn.pool import Pool, make_room, release_rows, with_table
 from paxattn.sampling import LogitsProcessor
-from paxattn.step import (
-    LanguageModel,
-    PoolUse,
-    first_only,
-    make_room,
-    release_rows,
-    run_tokens,
-    scrub_freed,
-)
+from paxattn.step import LanguageModel, PoolUse, first_only, run_tokens
 
 # Below any sum of log-probabilities; finite, so that differences are.
 NEVER = -1e9
@@ -82,8 +73,7 @@ class BeamState:
     """A search in progress.
 
     Attributes:
-        table: rows ``b * K .. b * K + K - 1`` belong to prompt b.
-        cache: the pages.
+        pool: rows ``b * K .. b * K + K - 1`` of its table belong to prompt b.
         status: i32[B], `Status` of each prompt's search. LENGTH: it ran into ``max_new_tokens``.
         last_token: i32[B, K], newest token of each running beam, whose KV is not in the cache.
         running: the beams.
@@ -95,8 +85,7 @@ class BeamState:
         use: how the pool was used.
     """
 
-    table: PageTable
-    cache: KVCache
+    pool: Pool
     status: jax.Array
     last_token: jax.Array
     running: Beams
@@ -153,7 +142,7 @@ def select(state: BeamState, logits: jax.Array, stepped: jax.Array) -> tuple[Bea
     """Choose the next beams and hypotheses of the prompts in ``stepped``.
 
     Args:
-        state: before the step; the table is left to the caller.
+        state: before the step; the pool is left to the caller.
         logits: f32[R, V], of every beam's newest token.
         stepped: bool[B].
 
@@ -233,15 +222,14 @@ def beam_step(
     going = state.status == Status.RUNNING
     live = (going[:, None] & (state.running.scores > NEVER)).reshape(-1)
     ones = live.astype(jnp.int32)
-    table, cache, ok = make_room(state.table, state.cache, ones, max_new_tokens=1, scrub=scrub)
+    pool, ok = make_room(state.pool, ones, max_new_tokens=1, scrub=scrub)
     fits = jnp.all(ok.reshape(num_prompts, num_beams), axis=1)
     stepped = going & fits
     live &= jnp.repeat(stepped, num_beams)
 
-    table, cache, hidden = run_tokens(
+    pool, hidden = run_tokens(
         model,
-        table,
-        cache,
+        pool,
         state.last_token.reshape(-1),
         jnp.ones_like(ones),
         live=live,
@@ -250,18 +238,16 @@ def beam_step(
     logits = model.logits(hidden)
     if logits_processor is not None:
         logits = logits_processor(logits, state.running.lens.reshape(-1))
-    use = state.use.after(table)
+    use = state.use.after(pool.table)
     state, parents = select(state, logits, stepped)
 
     failed = first_only(going & ~fits)
     status = jnp.where(failed, jnp.int32(Status.OUT_OF_PAGES), state.status)
     done = jnp.repeat(going & (status != Status.RUNNING), num_beams)
-    table, cache = release_rows(table, cache, done, scrub=scrub)
+    pool = release_rows(pool, done, scrub=scrub)
     moved = jnp.repeat(stepped & (status == Status.RUNNING), num_beams)
-    freed = page_table.reorder(table, parents, moved)
-    if scrub:
-        cache = scrub_freed(cache, table, freed)
-    return dataclasses.replace(state, table=freed, cache=cache, status=status, use=use)
+    pool = with_table(pool, page_table.reorder(pool.table, parents, moved), scrub=scrub)
+    return dataclasses.replace(state, pool=pool, status=status, use=use)
 
 
 def beam_search(

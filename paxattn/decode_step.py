@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn.kv_cache import KVCache
-from paxattn.page_table import PageTable
+from paxattn.pool import Pool, release_rows
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
-from paxattn.step import LanguageModel, PoolUse, first_only, ragged_step, release_rows
+from paxattn.step import LanguageModel, PoolUse, first_only, ragged_step
 
 
 class Status(enum.IntEnum):
@@ -39,8 +38,7 @@ class DecodeState:
     """A batch of R rows in generation (V: vocabulary, C: room for generated tokens).
 
     Attributes:
-        table: who owns which page.
-        cache: the pages.
+        pool: the pages and who owns them.
         status: i32[R], `Status` values.
         last_token: i32[R], the newest token of each row, whose KV is not yet in the cache.
         num_generated: i32[R], tokens generated so far.
@@ -54,8 +52,7 @@ class DecodeState:
         use: how the pool was used.
     """
 
-    table: PageTable
-    cache: KVCache
+    pool: Pool
     status: jax.Array
     last_token: jax.Array
     num_generated: jax.Array
@@ -80,7 +77,7 @@ def record(
     """Take down new tokens, end the rows that are through, and release these.
 
     Args:
-        state: its table and cache are those after the step.
+        state: its pool is the one after the step.
         tokens: i32[R, m], new tokens of each row.
         logprobs: f32[R, m].
         count: i32[R], how many of them are new. What comes after a stop token or beyond
@@ -105,17 +102,15 @@ def record(
     status = jnp.where(stopped, jnp.int32(Status.STOP), status)
     status = jnp.where(first_only(failed), jnp.int32(Status.OUT_OF_PAGES), status)
     ended = (state.status == Status.RUNNING) & (status != Status.RUNNING)
-    table, cache = release_rows(state.table, state.cache, ended, scrub=scrub)
     return dataclasses.replace(
         state,
-        table=table,
-        cache=cache,
+        pool=release_rows(state.pool, ended, scrub=scrub),
         status=status,
         last_token=jnp.where(count > 0, newest, state.last_token),
         num_generated=num_generated,
         tokens=state.tokens.at[rows, index].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[rows, index].set(logprobs, mode="drop"),
-        use=state.use.after(state.table),
+        use=state.use.after(state.pool.table),
     )
 
 
@@ -138,10 +133,9 @@ def decode_step(
         scrub: static; zero the pages that ended rows give back before anyone can take them.
     """
     live = state.status == Status.RUNNING
-    table, cache, hidden, ok = ragged_step(
+    pool, hidden, ok = ragged_step(
         model,
-        state.table,
-        state.cache,
+        state.pool,
         state.last_token,
         jnp.ones_like(state.status),
         live=live,
@@ -157,7 +151,7 @@ def decode_step(
         model.logits(hidden), state.sampling, state.num_generated, seen, logits_processor
     )
     return record(
-        dataclasses.replace(state, table=table, cache=cache, seen=seen),
+        dataclasses.replace(state, pool=pool, seen=seen),
         token[:, None],
         logprob[:, None],
         stepped.astype(jnp.int32),

@@ -179,6 +179,13 @@ def summary(log: Console, report: Report, stats: PoolStats, max_positions: int) 
         f"{stats.utilization:.1%} of the held slots; reserving {max_positions:,} tokens for each "
         f"prompt would use {stats.naive_utilization:.1%}",
     )
+    if stats.cached_tokens:
+        share = stats.cached_tokens / stats.prompt_tokens
+        table.add_row(
+            "prompts",
+            f"{stats.prompt_tokens:,} tokens, of which {stats.cached_tokens:,} ({share:.0%}) were "
+            "found in shared pages",
+        )
     if stats.drafted:
         share = stats.accepted / stats.drafted
         table.add_row("guesses", f"{stats.accepted:,} of {stats.drafted:,} kept ({share:.0%})")

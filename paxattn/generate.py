@@ -52,7 +52,7 @@ class _Reader:
         )
         self.stats = self.stats.after(
             state.use,
-            bytes_per_page=state.cache.bytes_per_page,
+            bytes_per_page=state.pool.cache.bytes_per_page,
             max_positions=self.max_positions,
         )
         news, ended = [], np.zeros(status.shape, bool)
@@ -87,36 +87,47 @@ class _Reader:
 def _run(
     model: Any, requests: Requests, reader: _Reader, steps_per_read: int
 ) -> Generator[Delta, None, None]:
-    """Run the prompts, then so many steps at a time. The state lives here and nowhere else."""
+    """Run the prompts, then so many steps at a time.
+
+    The state lives here and nowhere else; a pool that was lent goes back at the end, in any case.
+    """
     if not requests.prompts:
         return
-    state = loops.start(
-        model,
-        requests.draft,
-        requests.packed,
-        requests.starts,
-        requests.prompt_lens,
-        requests.max_new_tokens,
-        requests.stop_ids,
-        requests.sampling,
-        sizes=requests.sizes,
-        scrub=requests.scrub,
-    )
-    while True:
-        news, ended = reader.deltas(state)
-        if ended.any():
-            state = loops.stop_rows(state, ended, scrub=requests.scrub)
-        yield from news
-        if all(reader.finished):
-            return
-        state = loops.go_on(
+    taken = requests.take_pool()
+    state: DecodeState | SpeculativeState | None = None
+    try:
+        state = loops.start(
             model,
             requests.draft,
-            state,
-            np.int32(steps_per_read),
-            logits_processor=requests.logits_processor,
+            taken,
+            requests.packed,
+            requests.prompt_lens,
+            requests.max_new_tokens,
+            requests.stop_ids,
+            requests.sampling,
+            sizes=requests.sizes,
             scrub=requests.scrub,
         )
+        while True:
+            news, ended = reader.deltas(state)
+            if ended.any():
+                state = loops.stop_rows(state, ended, scrub=requests.scrub)
+            yield from news
+            if all(reader.finished):
+                return
+            state = loops.go_on(
+                model,
+                requests.draft,
+                state,
+                np.int32(steps_per_read),
+                logits_processor=requests.logits_processor,
+                scrub=requests.scrub,
+            )
+    finally:
+        if requests.kept is not None:
+            state = state.decode if isinstance(state, SpeculativeState) else state
+            pool = taken if state is None else state.pool
+            requests.kept.put_back(pool, scrub=requests.scrub)
 
 
 class Stream(Iterator[Delta]):

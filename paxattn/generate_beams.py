@@ -47,19 +47,24 @@ def generate_beams(
     stats = no_stats(requests)
     if not requests.prompts:
         return Generation(completions=[], stats=stats)
-    status, hypotheses, running, use = loops.search(
-        model,
-        requests.packed,
-        requests.starts,
-        requests.prompt_lens,
-        requests.max_new_tokens,
-        requests.stop_ids,
-        np.float32(length_penalty),
-        np.int32(EarlyStopping[str(early_stopping).upper()]),
-        sizes=requests.sizes,
-        logits_processor=requests.logits_processor,
-        scrub=requests.scrub,
-    )
+    pool = requests.take_pool()
+    try:
+        pool, status, hypotheses, running, use = loops.search(
+            model,
+            pool,
+            requests.packed,
+            requests.prompt_lens,
+            requests.max_new_tokens,
+            requests.stop_ids,
+            np.float32(length_penalty),
+            np.int32(EarlyStopping[str(early_stopping).upper()]),
+            sizes=requests.sizes,
+            logits_processor=requests.logits_processor,
+            scrub=requests.scrub,
+        )
+    finally:
+        if requests.kept is not None:
+            requests.kept.put_back(pool, scrub=requests.scrub)
     cache = jax.eval_shape(lambda: model.init_cache(num_pages=1, page_size=stats.page_size))
     stats = stats.after(
         use, bytes_per_page=cache.bytes_per_page, max_positions=model.config.max_positions

@@ -16,45 +16,39 @@ import jax.numpy as jnp
 from paxattn import page_table
 from paxattn.beam import Beams, BeamState, beam_search, no_beams
 from paxattn.decode_step import DecodeState, Status, decode
-from paxattn.kv_cache import KVCache
-from paxattn.page_table import PageTable, init_page_table
+from paxattn.pool import Pool, init_pool, release_rows, with_table
 from paxattn.requests import Sizes
 from paxattn.sampling import LogitsProcessor, RowSampling
 from paxattn.speculative import Drafter, DraftModel, SpeculativeState, speculate
-from paxattn.step import PoolUse, no_use, prefill, release_rows
+from paxattn.step import PackedPrompts, PoolUse, no_use, prefill
 
 
 def _fill(
     model: Any,
-    packed: jax.Array,
-    starts: jax.Array,
+    pool: Pool | None,
+    packed: PackedPrompts,
     lens: jax.Array,
     *,
     sizes: Sizes,
     fork: bool,
     scrub: bool,
-) -> tuple[PageTable, KVCache, PoolUse, jax.Array]:
-    """Allocate a pool and store all but the last token of the prompts; ``ok`` bool[R].
+) -> tuple[Pool, PoolUse, jax.Array]:
+    """Store all but the last token of the prompts in a pool, or a new one; ``ok`` bool[R].
 
     Each prompt is stored once, by the first row of its group; with ``fork`` the others share it.
     """
     num_rows = lens.shape[0]
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     leader = rows // sizes.group * sizes.group
-    table = init_page_table(
-        num_pages=sizes.num_pages,
-        page_size=sizes.page_size,
-        max_seqs=num_rows,
-        max_pages_per_seq=sizes.max_pages_per_seq,
-    )
-    cache = model.init_cache(num_pages=sizes.num_pages, page_size=sizes.page_size)
+    if pool is None:
+        cache = model.init_cache(num_pages=sizes.num_pages, page_size=sizes.page_size)
+        pool = init_pool(cache, max_seqs=num_rows, max_pages_per_seq=sizes.max_pages_per_seq)
     lens = jnp.where(rows == leader, jnp.maximum(lens - 1, 0), 0)
-    table, cache, use, ok = prefill(
-        model, table, cache, no_use(), packed, starts, lens, chunk=sizes.chunk, scrub=scrub
-    )
+    pool, use, ok = prefill(model, pool, no_use(), packed, lens, chunk=sizes.chunk, scrub=scrub)
     if fork and sizes.group > 1:
-        table, _ = page_table.fork(table, leader, rows)  # a leader onto itself: left as it is
-    return table, cache, use, ok[leader]
+        table, _ = page_table.fork(pool.table, leader, rows)  # a leader onto itself: left as it is
+        pool = with_table(pool, table, scrub=False)
+    return pool, use, ok[leader]
 
 
 def _first_status(
@@ -69,12 +63,17 @@ def _first_status(
     return status, jnp.where(status == Status.RUNNING, prompt_lens, 0)
 
 
-@partial(jax.jit, static_argnames=("sizes", "scrub"))
+def _last_tokens(packed: PackedPrompts, prompt_lens: jax.Array) -> jax.Array:
+    """The last token of each row's prompt, i32[R]."""
+    return packed.tokens.at[packed.starts + prompt_lens - 1].get(mode="clip")
+
+
+@partial(jax.jit, donate_argnames=("pool",), static_argnames=("sizes", "scrub"))
 def start(
     model: Any,
     draft: Drafter | None,
-    packed: jax.Array,
-    starts: jax.Array,
+    pool: Pool | None,
+    packed: PackedPrompts,
     prompt_lens: jax.Array,
     max_new_tokens: jax.Array,
     stop_ids: jax.Array,
@@ -83,21 +82,20 @@ def start(
     sizes: Sizes,
     scrub: bool,
 ) -> DecodeState | SpeculativeState:
-    """Allocate the pool and store the prompts."""
+    """Store the prompts in a pool without rows; None: allocate one."""
     num_rows = prompt_lens.shape[0]
     status, lens = _first_status(prompt_lens, max_new_tokens, sizes)
-    table, cache, use, ok = _fill(model, packed, starts, lens, sizes=sizes, fork=True, scrub=scrub)
+    pool, use, ok = _fill(model, pool, packed, lens, sizes=sizes, fork=True, scrub=scrub)
     running = status == Status.RUNNING
     width = sizes.max_pages_per_seq * sizes.page_size
     place = jnp.arange(width, dtype=jnp.int32)
-    history = packed.at[starts[:, None] + place].get(mode="clip")
+    history = packed.tokens.at[packed.starts[:, None] + place].get(mode="clip")
     known = jnp.where(place < prompt_lens[:, None], history, model.config.vocab_size)
     seen = jnp.zeros((num_rows, model.config.vocab_size), bool)
     state = DecodeState(
-        table=table,
-        cache=cache,
+        pool=pool,
         status=jnp.where(running & ~ok, jnp.int32(Status.OUT_OF_PAGES), status),
-        last_token=packed.at[starts + prompt_lens - 1].get(mode="clip"),
+        last_token=_last_tokens(packed, prompt_lens),
         num_generated=jnp.zeros(num_rows, jnp.int32),
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
@@ -109,17 +107,16 @@ def start(
     )
     if draft is None:
         return state
-    draft_table = draft_cache = None
+    draft_pool = None
     if isinstance(draft, DraftModel):
-        draft_table, draft_cache, _, _ = _fill(
-            draft.model, packed, starts, lens, sizes=sizes, fork=True, scrub=scrub
+        draft_pool, _, _ = _fill(
+            draft.model, None, packed, lens, sizes=sizes, fork=True, scrub=scrub
         )
     zero = jnp.zeros((), jnp.int32)
     return SpeculativeState(
         decode=state,
         history=history,
-        table=draft_table,
-        cache=draft_cache,
+        pool=draft_pool,
         drafted=zero,
         accepted=zero,
     )
@@ -142,22 +139,24 @@ def go_on(
 
 
 @partial(jax.jit, donate_argnames=("state",), static_argnames=("scrub",))
-def stop_rows(state: DecodeState, mask: jax.Array, *, scrub: bool) -> DecodeState:
-    """End rows from the host side."""
-    table, cache = release_rows(state.table, state.cache, mask, scrub=scrub)
-    return dataclasses.replace(
-        state,
-        table=table,
-        cache=cache,
-        status=jnp.where(mask, jnp.int32(Status.STOP), state.status),
+def stop_rows(state: Any, mask: jax.Array, *, scrub: bool) -> DecodeState | SpeculativeState:
+    """End rows from the host side; a draft model's follow at its next step."""
+    decode = state.decode if isinstance(state, SpeculativeState) else state
+    decode = dataclasses.replace(
+        decode,
+        pool=release_rows(decode.pool, mask, scrub=scrub),
+        status=jnp.where(mask, jnp.int32(Status.STOP), decode.status),
     )
+    if isinstance(state, SpeculativeState):
+        return dataclasses.replace(state, decode=decode)
+    return decode
 
 
-@partial(jax.jit, static_argnames=("sizes", "logits_processor", "scrub"))
+@partial(jax.jit, donate_argnames=("pool",), static_argnames=("sizes", "logits_processor", "scrub"))
 def search(
     model: Any,
-    packed: jax.Array,
-    starts: jax.Array,
+    pool: Pool | None,
+    packed: PackedPrompts,
     prompt_lens: jax.Array,
     max_new_tokens: jax.Array,
     stop_ids: jax.Array,
@@ -167,13 +166,13 @@ def search(
     sizes: Sizes,
     logits_processor: LogitsProcessor | None,
     scrub: bool,
-) -> tuple[jax.Array, Beams, Beams, PoolUse]:
+) -> tuple[Pool, jax.Array, Beams, Beams, PoolUse]:
     """Beam search with ``sizes.group`` beams, from the prompts to the end.
 
     Args:
         model: see `step.LanguageModel`.
+        pool: see `start`.
         packed: see `requests.Requests`, like what follows.
-        starts: i32[R].
         prompt_lens: i32[R].
         max_new_tokens: i32[R].
         stop_ids: i32[R, S].
@@ -184,20 +183,19 @@ def search(
         scrub: zero pages that nobody holds any more.
 
     Returns:
-        status i32[B], hypotheses, the beams that were running last, and how the pool was used.
+        The pool, without rows; status i32[B], hypotheses, the beams that were running last, and
+        how the pool was used.
     """
     num_beams = sizes.group
     status, lens = _first_status(prompt_lens, max_new_tokens, sizes)
-    table, cache, use, ok = _fill(model, packed, starts, lens, sizes=sizes, fork=False, scrub=scrub)
+    pool, use, ok = _fill(model, pool, packed, lens, sizes=sizes, fork=False, scrub=scrub)
     status = jnp.where((status == Status.RUNNING) & ~ok, jnp.int32(Status.OUT_OF_PAGES), status)
     num_prompts = status.size // num_beams
-    last = packed.at[starts + prompt_lens - 1].get(mode="clip")
     none = no_beams(num_prompts, num_beams, sizes.capacity)
     state = BeamState(
-        table=table,
-        cache=cache,
+        pool=pool,
         status=status[::num_beams],
-        last_token=last.reshape(num_prompts, num_beams),
+        last_token=_last_tokens(packed, prompt_lens).reshape(num_prompts, num_beams),
         running=dataclasses.replace(none, scores=none.scores.at[:, 0].set(0.0)),
         hypotheses=none,
         max_new_tokens=max_new_tokens[::num_beams],
@@ -207,4 +205,4 @@ def search(
         use=use,
     )
     state = beam_search(model, state, logits_processor=logits_processor, scrub=scrub)
-    return state.status, state.hypotheses, state.running, state.use
+    return state.pool, state.status, state.hypotheses, state.running, state.use

@@ -10,8 +10,12 @@ from typing import Any, TypedDict
 import numpy as np
 from tokenizers import Tokenizer
 
+from paxattn.kept_pool import KeptPool
+from paxattn.packing import bucket, pack_prompts
+from paxattn.pool import Pool
 from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
 from paxattn.speculative import Drafter, DraftModel, NGram
+from paxattn.step import PackedPrompts
 
 Prompt = str | Sequence[int]
 
@@ -26,10 +30,16 @@ class GenerateOptions(TypedDict, total=False):
         num_samples: completions of each prompt, which share its pages until they diverge; sample j
             has the prompt's ``seed + j`` and is what a request with that seed would get.
         draft: who guesses tokens for speculative decoding: `NGram` or `DraftModel`.
+        prefix_cache: True, the default: what several prompts begin with is computed once and its
+            pages are shared, page by page; False: every prompt for itself; a `KeptPool`: prompts
+            also start from what earlier calls with it left there.
+        salt: for all prompts, or one for each; 0 by default. Only prompts of the same salt share
+            anything: one for each tenant, or whatever else must match. Any int32.
         stop_token_ids: tokens that end a completion, such as the checkpoint's eos ids.
         stop: strings that end a completion and are left out of its text; needs a tokenizer.
-        page_size: tokens per page, 1 to 256; 16 by default.
-        num_pages: pages in the pool; by default enough for every prompt to run to its end.
+        page_size: tokens per page, 1 to 256; 16 by default, or the `KeptPool`'s.
+        num_pages: pages in the pool; by default enough for every prompt to run to its end, or the
+            `KeptPool`'s.
         prefill_chunk: prompt tokens per prefill step; 512 by default.
         logits_processor: traceable ``(logits f32[R, V], num_generated i32[R]) -> logits``; a
             different function object compiles anew.
@@ -42,9 +52,11 @@ class GenerateOptions(TypedDict, total=False):
     sampling: SamplingParams | Sequence[SamplingParams]
     num_samples: int
     draft: Drafter | None
+    prefix_cache: bool | KeptPool
+    salt: int | Sequence[int]
     stop_token_ids: Sequence[int]
     stop: Sequence[str] | None
-    page_size: int
+    page_size: int | None
     num_pages: int | None
     prefill_chunk: int
     logits_processor: LogitsProcessor | None
@@ -69,9 +81,9 @@ class Requests:
 
     Attributes:
         prompts: the token ids of each prompt.
-        packed: i32[N], all prompts' tokens, padded.
-        starts: i32[R], where in ``packed`` the row's prompt begins.
+        packed: all prompts' tokens, padded, and where they are.
         prompt_lens: i32[R], 0 in padding rows.
+        salts: i32[R].
         max_new_tokens: i32[R].
         stop_ids: i32[R, S], padded with -1.
         sampling: parameters per row.
@@ -79,14 +91,15 @@ class Requests:
         tokenizer: as given.
         stop: as given.
         draft: as given.
+        kept: the `KeptPool`, if one was given.
         logits_processor: as given.
         scrub: as given.
     """
 
     prompts: list[list[int]]
-    packed: np.ndarray
-    starts: np.ndarray
+    packed: PackedPrompts
     prompt_lens: np.ndarray
+    salts: np.ndarray
     max_new_tokens: np.ndarray
     stop_ids: np.ndarray
     sampling: RowSampling
@@ -94,15 +107,15 @@ class Requests:
     tokenizer: Tokenizer | None
     stop: Sequence[str]
     draft: Drafter | None
+    kept: KeptPool | None
     logits_processor: LogitsProcessor | None
     scrub: bool
 
-
-def _bucket(n: int, smallest: int = 1) -> int:
-    """Smallest 2**k or 3 * 2**k that is at least ``n`` and ``smallest``."""
-    n = max(n, smallest)
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= n else power
+    def take_pool(self) -> Pool | None:
+        """The pool to run in, if one was given: `KeptPool.put_back` it."""
+        if self.kept is None:
+            return None
+        return self.kept.take(max_pages_per_seq=self.sizes.max_pages_per_seq, salts=self.salts)
 
 
 def _tokenize(
@@ -185,9 +198,11 @@ def prepare_requests(
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
     num_samples: int = 1,
     draft: Drafter | None = None,
+    prefix_cache: bool | KeptPool = True,
+    salt: int | Sequence[int] = 0,
     stop_token_ids: Sequence[int] = (),
     stop: Sequence[str] | None = None,
-    page_size: int = 16,
+    page_size: int | None = None,
     num_pages: int | None = None,
     prefill_chunk: int = 512,
     logits_processor: LogitsProcessor | None = None,
@@ -204,6 +219,7 @@ def prepare_requests(
     ids = _tokenize(prompts, tokenizer, config.vocab_size)
     new = _per_prompt("max_new_tokens", max_new_tokens, Integral, "an integer", len(ids))
     params = _per_prompt("sampling", sampling, SamplingParams, "a SamplingParams", len(ids))
+    salts = _salts(_per_prompt("salt", salt, Integral, "an integer", len(ids)))
     for i, (prompt, n) in enumerate(zip(ids, new, strict=True)):
         if integer(f"max_new_tokens of prompt {i}", n) < 0:
             raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
@@ -215,23 +231,22 @@ def prepare_requests(
     for name, value in (("prefill_chunk", prefill_chunk), ("num_samples", num_samples)):
         if integer(name, value) < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    integer("page_size", page_size)
     _check_draft(draft, config.vocab_size)
-    if num_pages is not None and integer("num_pages", num_pages) < 1:
-        raise ValueError(f"{num_pages=} must be at least 1")
-    if not 1 <= page_size <= 256:
-        raise ValueError(f"{page_size=} must be between 1 and 256 tokens")
+    kept = prefix_cache if isinstance(prefix_cache, KeptPool) else None
+    if kept is None and not isinstance(prefix_cache, bool):
+        raise TypeError(f"{prefix_cache=} must be True, False or a KeptPool")
+    page_size, num_pages = _pool_sizes(model, kept, page_size, num_pages)
     stop_token_ids = _integers("stop_token_ids", stop_token_ids)
     unknown = [token for token in stop_token_ids if not 0 <= token < config.vocab_size]
     if unknown:
         raise ValueError(
             f"stop_token_ids has {unknown[0]}: not in the model's 0..{config.vocab_size - 1}"
         )
-    num_prompts = _bucket(len(ids))
+    num_prompts = bucket(len(ids))
     num_rows = num_prompts * num_samples
-    total = _bucket(sum(map(len, ids)), 16)
-    capacity = _bucket(max(new, default=0), 16)
-    longest = _bucket(max(map(len, ids), default=0), 16) + capacity
+    total = bucket(sum(map(len, ids)), 16)
+    capacity = bucket(max(new, default=0), 16)
+    longest = bucket(max(map(len, ids), default=0), 16) + capacity
     enough = total // page_size + num_prompts + num_rows * (capacity // page_size + 2)
     sizes = Sizes(
         group=num_samples,
@@ -241,14 +256,12 @@ def prepare_requests(
         capacity=capacity,
         chunk=min(total, prefill_chunk),
     )
-    packed = np.zeros(total, np.int32)
-    flat = [token for prompt in ids for token in prompt]
-    packed[: len(flat)] = flat
-    stop_ids = np.full((num_rows, _bucket(len(stop_token_ids), 8)), -1, np.int32)
+    stop_ids = np.full((num_rows, bucket(len(stop_token_ids), 8)), -1, np.int32)
     stop_ids[:, : len(stop_token_ids)] = stop_token_ids
-    lens = np.array([len(prompt) for prompt in ids], np.int32)
+    # Prompts that will not run have no pages to share.
+    owners = [s if prefix_cache and n > 0 else None for s, n in zip(salts, new, strict=True)]
 
-    def rows(per_prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    def rows(per_prompt: Sequence[int]) -> np.ndarray:
         column = np.repeat(np.array(per_prompt, np.int32), num_samples)
         return np.pad(column, (0, num_rows - len(column)))
 
@@ -259,9 +272,11 @@ def prepare_requests(
     ]
     return Requests(
         prompts=ids,
-        packed=packed,
-        starts=rows(np.cumsum(lens) - lens),
-        prompt_lens=rows(lens),
+        packed=pack_prompts(
+            ids, owners, page_size=page_size, group=num_samples, num_rows=num_rows, total=total
+        ),
+        prompt_lens=rows([len(prompt) for prompt in ids]),
+        salts=rows(salts),
         max_new_tokens=rows(new),
         stop_ids=stop_ids,
         sampling=row_sampling(seeded, num_rows),
@@ -269,9 +284,38 @@ def prepare_requests(
         tokenizer=tokenizer,
         stop=stop,
         draft=draft,
+        kept=kept,
         logits_processor=logits_processor,
         scrub=bool(scrub),
     )
+
+
+def _salts(values: Sequence[int]) -> list[int]:
+    for i, salt in enumerate(values):
+        if not -(2**31) <= integer(f"salt of prompt {i}", salt) < 2**31:
+            raise ValueError(f"{salt=} of prompt {i} must be an int32: from -2**31 to 2**31 - 1")
+    return [int(salt) for salt in values]
+
+
+def _pool_sizes(
+    model: Any, kept: KeptPool | None, page_size: int | None, num_pages: int | None
+) -> tuple[int, int | None]:
+    """Tokens per page, and pages if that is said."""
+    for name, value in (("page_size", page_size), ("num_pages", num_pages)):
+        if value is not None and integer(name, value) < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+        if kept is not None and value is not None and value != getattr(kept, name):
+            raise ValueError(
+                f"{name}={value}, but the KeptPool has {getattr(kept, name)}: leave {name}= out"
+            )
+    if kept is not None:
+        if kept.model is not model:
+            raise ValueError("the KeptPool was made for another model: its pages mean nothing here")
+        return kept.page_size, kept.num_pages
+    page_size = 16 if page_size is None else page_size
+    if page_size > 256:
+        raise ValueError(f"{page_size=} must be between 1 and 256 tokens")
+    return page_size, num_pages
 
 
 def _check_draft(draft: Any, vocab_size: int) -> None:

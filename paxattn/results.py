@@ -66,11 +66,13 @@ class PoolStats:
         num_steps: steps run, prefill chunks included.
         utilization: fraction of the held slots that held tokens, averaged over the steps.
         naive_utilization: the same had each running request reserved ``max_positions`` slots.
+        prompt_tokens: tokens of the prompts.
+        cached_tokens: how many of them were not computed, because pages held them already.
         drafted: tokens guessed (speculative decoding).
         accepted: guesses kept.
 
-    Rows that share pages count the tokens in them once each, so sharing can lift utilization
-    above 1.
+    Pages held include those that only a `KeptPool` remembers. Rows that share pages count the
+    tokens in them once each, so sharing can lift utilization above 1.
     """
 
     page_size: int
@@ -80,6 +82,8 @@ class PoolStats:
     num_steps: int = 0
     utilization: float = 0.0
     naive_utilization: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
 
@@ -92,6 +96,7 @@ class PoolStats:
             peak_pages=use.peak_pages.item(),
             bytes_per_page=bytes_per_page,
             num_steps=use.num_steps.item(),
+            cached_tokens=use.cached_tokens.item(),
             utilization=token_steps / max(1.0, use.page_steps.item() * self.page_size),
             naive_utilization=token_steps / max(1.0, use.row_steps.item() * max_positions),
         )
@@ -120,4 +125,8 @@ def new_text(requests: Requests, prompt: list[int]) -> TextStream | None:
 
 def no_stats(requests: Requests) -> PoolStats:
     """Before the first step."""
-    return PoolStats(page_size=requests.sizes.page_size, num_pages=requests.sizes.num_pages)
+    return PoolStats(
+        page_size=requests.sizes.page_size,
+        num_pages=requests.sizes.num_pages,
+        prompt_tokens=sum(map(len, requests.prompts)),
+    )

@@ -30,10 +30,9 @@ from jax import lax
 
 from paxattn import page_table
 from paxattn.decode_step import DecodeState, Status, record
-from paxattn.kv_cache import KVCache
-from paxattn.page_table import PageTable
+from paxattn.pool import Pool, make_room, with_table
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
-from paxattn.step import LanguageModel, make_room, ragged_step, scrub_freed
+from paxattn.step import LanguageModel, ragged_step
 
 
 @jax.tree_util.register_dataclass
@@ -78,16 +77,14 @@ class SpeculativeState:
     Attributes:
         decode: the generation.
         history: i32[R, H], each row's tokens, prompt included; ``kv_lens + 1`` of them are valid.
-        table: the draft model's page table (None for `NGram`).
-        cache: its pages.
+        pool: the draft model's own (None for `NGram`).
         drafted: i32[], guesses made.
         accepted: i32[], guesses kept; ``accepted / drafted`` is the acceptance rate.
     """
 
     decode: DecodeState
     history: jax.Array
-    table: PageTable | None
-    cache: KVCache | None
+    pool: Pool | None
     drafted: jax.Array
     accepted: jax.Array
 
@@ -134,15 +131,15 @@ def _propose_model(
     A row whose draft pages have fallen behind (none was free) gets no guesses any more.
     """
     decode = state.decode
-    if state.table is None or state.cache is None:
-        raise ValueError("a DraftModel needs a table and a cache of its own in the state")
-    live &= state.table.kv_lens == decode.table.kv_lens
+    if state.pool is None:
+        raise ValueError("a DraftModel needs a pool of its own in the state")
+    live &= state.pool.table.kv_lens == decode.pool.table.kv_lens
     limit = jnp.where(live, limit, -1)
 
     def step(carry: tuple, i: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
-        table, cache, token, seen, fine = carry
-        table, cache, hidden, ok = ragged_step(
-            drafter.model, table, cache, token, jnp.ones_like(token),
+        pool, token, seen, fine = carry
+        pool, hidden, ok = ragged_step(
+            drafter.model, pool, token, jnp.ones_like(token),
             live=fine & (i <= limit), max_q_len=1, scrub=scrub,
         )  # fmt: skip
         seen = seen.at[jnp.arange(token.size), token].set(True)
@@ -150,13 +147,13 @@ def _propose_model(
             drafter.model.logits(hidden), decode.sampling, decode.num_generated + i, seen,
             logits_processor,
         )  # fmt: skip
-        return (table, cache, token, seen, fine & ok), (token, fine & ok)
+        return (pool, token, seen, fine & ok), (token, fine & ok)
 
-    carry = (state.table, state.cache, decode.last_token, decode.seen, live)
+    carry = (state.pool, decode.last_token, decode.seen, live)
     carry, (guesses, fine) = lax.scan(step, carry, jnp.arange(drafter.num_tokens + 1))
     # A guess counts if every feed up to the one that stores it went well.
     stored = jnp.sum(fine[1:], axis=0, dtype=jnp.int32)
-    state = dataclasses.replace(state, table=carry[0], cache=carry[1])
+    state = dataclasses.replace(state, pool=carry[0])
     return state, guesses[:-1].T, jnp.clip(jnp.minimum(stored, limit), 0)
 
 
@@ -203,7 +200,7 @@ def speculative_step(
     k = drafter.num_tokens
     decode = state.decode
     live = decode.status == Status.RUNNING
-    lens = decode.table.kv_lens
+    lens = decode.pool.table.kv_lens
     limit = jnp.minimum(k, decode.max_new_tokens - decode.num_generated - 1)
     if isinstance(drafter, NGram):
         guesses, count = propose_ngram(
@@ -214,17 +211,15 @@ def speculative_step(
         state, guesses, count = _propose_model(drafter, state, live, limit, logits_processor, scrub)
 
     wanted = jnp.where(live, count + 1, 0)
-    table, cache, ok = make_room(
-        decode.table, decode.cache, wanted, max_new_tokens=k + 1, scrub=scrub
-    )
+    pool, ok = make_room(decode.pool, wanted, max_new_tokens=k + 1, scrub=scrub)
     count = jnp.where(live & ok, count, 0)
     q_lens = jnp.where(live, count + 1, 0)
     num_tokens = lens.size * (k + 1)
     rows, offsets, active = page_table.token_rows(q_lens, num_tokens)
     candidates = jnp.concatenate([decode.last_token[:, None], guesses], axis=1)
     tokens = jnp.where(active, candidates[rows, offsets], 0)
-    table, cache, hidden, ok = ragged_step(
-        model, table, cache, tokens, q_lens, live=live, max_q_len=k + 1
+    pool, hidden, ok = ragged_step(
+        model, pool, tokens, q_lens, live=live, max_q_len=k + 1, scrub=scrub
     )
     token, logprob = _choose(model, decode, hidden, candidates, rows, offsets, logits_processor)
     place = (jnp.where(active, rows, lens.size), offsets)
@@ -234,9 +229,8 @@ def speculative_step(
     right = (guesses == chosen[:, :-1]) & (jnp.arange(k) < count[:, None])
     kept = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
     gained = jnp.where(live & ok, kept + 1, 0)
-    kept_table, _ = page_table.truncate(table, jnp.where(live & ok, lens + gained, -1))
-    if scrub:
-        cache = scrub_freed(cache, table, kept_table)
+    table, _ = page_table.truncate(pool.table, jnp.where(live & ok, lens + gained, -1))
+    pool = with_table(pool, table, scrub=scrub)
     # What the cache now holds of each row: the newest token and the guesses kept.
     stored = jnp.where(jnp.arange(k + 1) < gained[:, None], candidates, decode.seen.shape[1])
     seen = decode.seen.at[jnp.arange(lens.size)[:, None], stored].set(True, mode="drop")
@@ -244,26 +238,23 @@ def speculative_step(
     at = jnp.where(at >= 0, at, state.history.shape[1])
     history = state.history.at[jnp.arange(lens.size)[:, None], at].set(chosen, mode="drop")
     decode = record(
-        dataclasses.replace(decode, table=kept_table, cache=cache, seen=seen),
+        dataclasses.replace(decode, pool=pool, seen=seen),
         chosen,
         logprobs,
         gained,
         failed=live & ~ok,
         scrub=scrub,
     )
-    draft_table, draft_cache = state.table, state.cache
-    if draft_table is not None and draft_cache is not None:
+    own = state.pool
+    if own is not None:
         running = decode.status == Status.RUNNING
-        lens = jnp.where(running, jnp.minimum(lens + gained, draft_table.kv_lens), 0)
-        draft_table, _ = page_table.truncate(draft_table, lens)
-        if scrub and state.table is not None:
-            draft_cache = scrub_freed(draft_cache, state.table, draft_table)
+        lens = jnp.where(running, jnp.minimum(lens + gained, own.table.kv_lens), 0)
+        own = with_table(own, page_table.truncate(own.table, lens)[0], scrub=scrub)
     return dataclasses.replace(
         state,
         decode=decode,
         history=history,
-        table=draft_table,
-        cache=draft_cache,
+        pool=own,
         drafted=state.drafted + jnp.sum(jnp.where(live & ok, count, 0)),
         accepted=state.accepted + jnp.sum(jnp.where(live & ok, kept, 0)),
     )

@@ -7,7 +7,7 @@ for which no page is left is reported and left as it was, and the others go on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from paxattn import kv_cache, page_table
+from paxattn import page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
+from paxattn.pool import Pool, admit_rows, make_room, note_tokens, release_rows, with_table
 from paxattn.ragged import RaggedBatch, check_same_pool, ragged_batch
 
 
@@ -49,6 +50,7 @@ class PoolUse:
         page_steps: f32[], pages held, summed over steps.
         token_steps: f32[], tokens of all rows, summed over steps (shared ones once per row).
         row_steps: f32[], rows served, summed over steps.
+        cached_tokens: i32[], tokens of prompts that were not computed, because pages held them.
     """
 
     num_steps: jax.Array
@@ -56,11 +58,13 @@ class PoolUse:
     page_steps: jax.Array
     token_steps: jax.Array
     row_steps: jax.Array
+    cached_tokens: jax.Array
 
     def after(self, table: PageTable) -> PoolUse:
         """One more step, which left this table."""
         held = table.num_pages - table.num_free
-        return PoolUse(
+        return replace(
+            self,
             num_steps=self.num_steps + 1,
             peak_pages=jnp.maximum(self.peak_pages, held),
             page_steps=self.page_steps + held.astype(jnp.float32),
@@ -78,179 +82,175 @@ def no_use() -> PoolUse:
         page_steps=nothing,
         token_steps=nothing,
         row_steps=nothing,
+        cached_tokens=zero,
     )
 
 
-def make_room(
-    table: PageTable,
-    cache: KVCache,
-    new_tokens: jax.Array,
-    *,
-    max_new_tokens: int,
-    scrub: bool = False,
-) -> tuple[PageTable, KVCache, jax.Array]:
-    """Reserve pages for new tokens, and run the copies that copy-on-write asks for.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PackedPrompts:
+    """Prompts one after the other, and which of them begin alike (N tokens, R rows).
 
-    Args:
-        table: the page table.
-        cache: the pages.
-        new_tokens: i32[R].
-        max_new_tokens: static bound of ``new_tokens``.
-        scrub: static; zero shared pages that every holder has left for a copy of its own.
-
-    Returns:
-        ``(table, cache, ok bool[R])``, see `page_table.reserve`.
+    Attributes:
+        tokens: i32[N], all prompts' tokens.
+        starts: i32[R], where each row's prompt begins in ``tokens``; rows may share one.
+        sources: i32[R], an earlier row that begins with the same tokens.
+        common: i32[R], how many, whole pages of them; 0 where a row shares nothing.
     """
-    table, ok, copies = page_table.reserve(table, new_tokens, max_new_tokens=max_new_tokens)
-    cache = kv_cache.copy_pages(cache, copies)
-    if scrub:
-        holders = table.ref_counts.at[copies.src].get(mode="fill", fill_value=1)
-        left = jnp.where(holders > 0, table.num_pages, copies.src)
-        cache = kv_cache.scrub(cache, left, 0, copies.count)
-    return table, cache, ok
+
+    tokens: jax.Array
+    starts: jax.Array
+    sources: jax.Array
+    common: jax.Array
 
 
 def run_tokens(
     model: LanguageModel,
-    table: PageTable,
-    cache: KVCache,
+    pool: Pool,
     tokens: jax.Array,
     q_lens: jax.Array,
     *,
     live: jax.Array,
     max_q_len: int,
-) -> tuple[PageTable, KVCache, jax.Array]:
+) -> tuple[Pool, jax.Array]:
     """Write, attend and append, in room that `make_room` made: the second half of `ragged_step`.
 
     Args:
         model: see `LanguageModel`.
-        table: the page table.
-        cache: the pages.
+        pool: the pool.
         tokens: i32[T], row after row without gaps, padding at the end.
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R], rows that have room; the tokens of others are computed but not stored.
         max_q_len: static upper bound of ``q_lens``.
 
     Returns:
-        ``(table, cache, hidden [T, hidden_size])``.
+        ``(pool, hidden [T, hidden_size])``.
 
     Raises:
-        ValueError: the cache and the table differ in pages or page size.
+        ValueError: the pages and the table differ in number or page size.
     """
-    check_same_pool(cache, table)
+    table = pool.table
+    check_same_pool(pool.cache, table)
     batch = ragged_batch(table, q_lens, num_tokens=tokens.shape[0], max_q_len=max_q_len, live=live)
-    hidden, cache = model(tokens, batch, cache)
+    hidden, cache = model(tokens, batch, pool.cache)
+    pool = note_tokens(pool, batch.slots, tokens)
     table, _ = page_table.append(table, jnp.where(live, q_lens, 0))
-    return table, cache, hidden
+    return replace(pool, table=table, cache=cache), hidden
 
 
 def ragged_step(
     model: LanguageModel,
-    table: PageTable,
-    cache: KVCache,
+    pool: Pool,
     tokens: jax.Array,
     q_lens: jax.Array,
     *,
     live: jax.Array | None = None,
     max_q_len: int | None = None,
     scrub: bool = False,
-) -> tuple[PageTable, KVCache, jax.Array, jax.Array]:
+) -> tuple[Pool, jax.Array, jax.Array]:
     """Run new tokens of several rows through the model: reserve, copy, write, attend, append.
 
     Args:
         model: see `LanguageModel`.
-        table: the page table; donate it to the enclosing jit.
-        cache: the pages; donate them too.
+        pool: the pages and who owns them; donate it to the enclosing jit.
         tokens: i32[T], row after row without gaps, padding at the end.
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R]; the tokens of other rows are computed but neither stored nor counted.
         max_q_len: static upper bound of ``q_lens``; T by default, 1 for a decode step.
-        scrub: see `make_room`.
+        scrub: see `pool.make_room`.
 
     Returns:
-        ``(table, cache, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could
-        be had is not ok: it is left as it was, and its hidden states mean nothing.
+        ``(pool, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could be had
+        is not ok: it is left as it was, and its hidden states mean nothing.
 
     Raises:
-        ValueError: the cache and the table differ in pages or page size.
+        ValueError: the pages and the table differ in number or page size.
     """
     max_q_len = tokens.shape[0] if max_q_len is None else max_q_len
     new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
-    table, cache, ok = make_room(table, cache, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
+    pool, ok = make_room(pool, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
     stored = ok if live is None else live & ok
-    table, cache, hidden = run_tokens(
-        model, table, cache, tokens, q_lens, live=stored, max_q_len=max_q_len
-    )
-    return table, cache, hidden, ok
-
-
-def scrub_freed(cache: KVCache, before: PageTable, after: PageTable) -> KVCache:
-    """Zero the pages that a table step gave back: the top of the free stack after it."""
-    return kv_cache.scrub(cache, after.free_pages, before.num_free, after.num_free)
-
-
-def release_rows(
-    table: PageTable, cache: KVCache, mask: jax.Array, *, scrub: bool
-) -> tuple[PageTable, KVCache]:
-    """Release rows; with ``scrub`` zero the pages that nobody holds any more."""
-    freed = page_table.release(table, mask)
-    return freed, scrub_freed(cache, table, freed) if scrub else cache
+    pool, hidden = run_tokens(model, pool, tokens, q_lens, live=stored, max_q_len=max_q_len)
+    return pool, hidden, ok
 
 
 def prefill(
     model: LanguageModel,
-    table: PageTable,
-    cache: KVCache,
+    pool: Pool,
     use: PoolUse,
-    prompts: jax.Array,
-    starts: jax.Array,
+    prompts: PackedPrompts,
     lens: jax.Array,
     *,
     chunk: int,
     scrub: bool = False,
-) -> tuple[PageTable, KVCache, PoolUse, jax.Array]:
+) -> tuple[Pool, PoolUse, jax.Array]:
     """Store the rows' tokens, in chunks of packed tokens of as many rows as fit.
 
-    What a row holds already (its ``kv_lens`` first tokens) is not computed again. Of the rows that
+    What pages hold already is not computed again: rows start on what the prefix cache has of them,
+    and a row that begins like an earlier one waits for it, then shares its pages. Of the rows that
     find no page in a step only the first ends and gives its pages back: they may let the others go
-    on. So every step either stores tokens or ends a row.
+    on. So every step stores tokens, or ends a row, or lets one share.
 
     Args:
         model: see `LanguageModel`.
-        table: donate it to the enclosing jit.
-        cache: donate it too.
+        pool: donate it to the enclosing jit.
         use: how the pool was used before.
-        prompts: i32[N], tokens.
-        starts: i32[R], where each row's tokens begin in ``prompts``; rows may share them.
-        lens: i32[R], tokens to store; 0 leaves a row as it is.
+        prompts: the tokens.
+        lens: i32[R], tokens to store; 0 leaves a row as it is. (Their last token, whose logits
+            somebody will want, is best left out.)
         chunk: static tokens per step.
         scrub: static; zero the pages of rows that end.
 
     Returns:
-        ``(table, cache, use, ok bool[R])``; rows that are not ok are empty.
+        ``(pool, use, ok bool[R])``; rows that are not ok are empty.
     """
+    stored = (lens > 0) & (lens[prompts.sources] >= prompts.common)
+    common = jnp.where(stored, prompts.common, 0)
+    empty = (lens > 0) & (pool.table.kv_lens == 0)
+    pool = admit_rows(pool, empty, prompts.tokens, prompts.starts, lens + 1)
+    use = count_cached(use, jnp.minimum(pool.table.kv_lens, lens))
 
-    def left(table: PageTable, failed: jax.Array) -> jax.Array:
-        return jnp.where(failed, 0, jnp.maximum(lens - table.kv_lens, 0))
+    def left(pool: Pool, failed: jax.Array) -> jax.Array:
+        return jnp.where(failed, 0, jnp.maximum(lens - pool.table.kv_lens, 0))
 
     def body(carry: tuple) -> tuple:
-        table, cache, use, failed = carry
-        todo = left(table, failed)
+        pool, use, failed = carry
+        held = pool.table.kv_lens
+        waits = (held < common) & ~failed & ~failed[prompts.sources]
+        ready = waits & (held[prompts.sources] >= common)
+        pool = share(pool, prompts.sources, common, ready, scrub=scrub)
+        use = count_cached(use, jnp.where(ready, common - held, 0))
+        todo = jnp.where(waits & ~ready, 0, left(pool, failed))
         q_lens = jnp.clip(chunk - (jnp.cumsum(todo) - todo), 0, todo)
         rows, offsets, _ = page_table.token_rows(q_lens, chunk)
-        tokens = prompts.at[starts[rows] + table.kv_lens[rows] + offsets].get(mode="clip")
-        table, cache, _, ok = ragged_step(model, table, cache, tokens, q_lens)
-        use = use.after(table)
+        index = prompts.starts[rows] + pool.table.kv_lens[rows] + offsets
+        tokens = prompts.tokens.at[index].get(mode="clip")
+        pool, _, ok = ragged_step(model, pool, tokens, q_lens, scrub=scrub)
+        use = use.after(pool.table)
         ends = first_only(~ok)
-        table, cache = release_rows(table, cache, ends, scrub=scrub)
-        return table, cache, use, failed | ends
+        pool = release_rows(pool, ends, scrub=scrub)
+        return pool, use, failed | ends
 
-    carry = lax.while_loop(
-        lambda carry: jnp.any(left(carry[0], carry[3]) > 0),
+    pool, use, failed = lax.while_loop(
+        lambda carry: jnp.any(left(carry[0], carry[2]) > 0),
         body,
-        (table, cache, use, jnp.zeros(lens.shape, bool)),
+        (pool, use, jnp.zeros(lens.shape, bool)),
     )
-    return *carry[:3], ~carry[3]
+    return pool, use, ~failed
+
+
+def share(
+    pool: Pool, sources: jax.Array, common: jax.Array, mask: jax.Array, *, scrub: bool
+) -> Pool:
+    """Let masked rows hold the first ``common[R]`` tokens of rows ``sources[R]``, and no more."""
+    pool = with_table(pool, page_table.reorder(pool.table, sources, mask), scrub=scrub)
+    table, _ = page_table.truncate(pool.table, jnp.where(mask, common, -1))
+    return with_table(pool, table, scrub=scrub)
+
+
+def count_cached(use: PoolUse, tokens: jax.Array) -> PoolUse:
+    """Add tokens i32[R] that need no computing."""
+    return replace(use, cached_tokens=use.cached_tokens + jnp.sum(tokens))
 
 
 def first_only(mask: jax.Array) -> jax.Array:

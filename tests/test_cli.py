@@ -54,6 +54,12 @@ def test_samples_speculation_and_beams(monkeypatch, capfd):
     )  # fmt: skip
     assert code == 0, err
     assert "=== 2: import os" in out
+    both = ("-p", "import os\nimport sys\n\ndef f", "-p", "import os\nimport sys\n\ndef g")
+    options = ("generate", "-n", "8", "--page-size", "4", *both)
+    code, alike, err = in_process(*options, monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, "found in shared pages" in err) == (0, True), err
+    code, out, err = in_process(*options, "--no-prefix-cache", monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, out, "found in shared pages" in err) == (0, alike, False), err
     code, out, err = in_process(
         *shared, "--num-beams", "2", "--early-stopping", "never",
         monkeypatch=monkeypatch, capfd=capfd,

@@ -147,7 +147,8 @@ def test_a_poisoned_rest_of_the_pool_changes_no_bit_at_any_step(monkeypatch):
 
     def poison(state):
         owned = np.zeros((10, 4), bool)
-        for pages, length in zip(state.table.block_tables, state.table.kv_lens, strict=True):
+        table, cache = state.pool.table, state.pool.cache
+        for pages, length in zip(table.block_tables, table.kv_lens, strict=True):
             for token in range(int(length)):
                 owned[pages[token // 4], token % 4] = True
         held = set(np.flatnonzero(owned.any(axis=1)).tolist())
@@ -155,10 +156,10 @@ def test_a_poisoned_rest_of_the_pool_changes_no_bit_at_any_step(monkeypatch):
         free.update(set(range(10)) - held if state.num_generated.any() else ())
         owned = owned[None, :, None, :, None]
         cache = KVCache(
-            k_pages=jnp.where(owned, state.cache.k_pages, jnp.nan),
-            v_pages=jnp.where(owned, state.cache.v_pages, jnp.nan),
+            k_pages=jnp.where(owned, cache.k_pages, jnp.nan),
+            v_pages=jnp.where(owned, cache.v_pages, jnp.nan),
         )
-        return dataclasses.replace(state, cache=cache)
+        return dataclasses.replace(state, pool=dataclasses.replace(state.pool, cache=cache))
 
     watch(monkeypatch, poison)
     tokens = [[] for _ in PROMPTS]
@@ -172,8 +173,8 @@ def test_all_pages_come_back(monkeypatch):
     held = []
 
     def look(state):
-        page_table.check_invariants(state.table)
-        held.append(48 - int(state.table.num_free))
+        page_table.check_invariants(state.pool.table)
+        held.append(48 - int(state.pool.table.num_free))
 
     watch(monkeypatch, look)
     list(stream(MODEL, PROMPTS, steps_per_read=3, **SHAPE))
@@ -195,8 +196,9 @@ def test_scrub_zeroes_all_that_is_given_back(monkeypatch):
     left = []
 
     def look(state):
-        free = np.asarray(state.table.free_pages[: int(state.table.num_free)])
-        for pages in (state.cache.k_pages, state.cache.v_pages):
+        table, cache = state.pool.table, state.pool.cache
+        free = np.asarray(table.free_pages[: int(table.num_free)])
+        for pages in (cache.k_pages, cache.v_pages):
             left.append(np.count_nonzero(np.asarray(pages)[:, free]))
         left.append(len(free))
 
@@ -360,8 +362,8 @@ def test_the_whole_decode_loop_works_in_place(scrub):
         partial(loops.start, sizes=requests.sizes, scrub=scrub),
         MODEL,
         None,
+        None,
         requests.packed,
-        requests.starts,
         requests.prompt_lens,
         requests.max_new_tokens,
         requests.stop_ids,
@@ -369,7 +371,7 @@ def test_the_whole_decode_loop_works_in_place(scrub):
     )
     lowered = loops.go_on.lower(MODEL, None, state, np.int32(1), logits_processor=None, scrub=scrub)
     memory = lowered.compile().memory_analysis()
-    pool = state.cache.bytes_per_page * 4096
+    pool = state.pool.cache.bytes_per_page * 4096
     assert memory.alias_size_in_bytes > pool
     assert memory.temp_size_in_bytes < pool / 20
 

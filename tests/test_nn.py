@@ -1,5 +1,6 @@
 """attend, the PagedAttention layer and rotary embedding against plain dense computations."""
 
+import dataclasses
 import functools
 import math
 
@@ -13,6 +14,7 @@ from model_steps import QUICK, plan
 from paxattn.kv_cache import init_kv_cache
 from paxattn.nn import PagedAttention, attend, rms_norm
 from paxattn.page_table import append, init_page_table, reserve
+from paxattn.pool import init_pool
 from paxattn.ragged import ragged_batch
 from paxattn.rope import Rope, rotate
 from paxattn.step import ragged_step
@@ -81,9 +83,12 @@ def test_a_cache_of_other_sizes_than_the_table_is_refused():
     message = "the cache has 6 pages of 8 tokens, the page table 12 of 4: make both with the same"
     with pytest.raises(ValueError, match=message):
         attend(q, k, v, cache, batch, layer=0)
-    table = init_page_table(max_seqs=1, max_pages_per_seq=2, **SIZES)
+    pool = dataclasses.replace(
+        init_pool(cache, max_seqs=1, max_pages_per_seq=2),
+        table=init_page_table(max_seqs=1, max_pages_per_seq=2, **SIZES),
+    )
     with pytest.raises(ValueError, match=message):
-        ragged_step(None, table, cache, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
+        ragged_step(None, pool, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
 
 
 def test_rows_that_are_not_live_store_nothing():

@@ -739,12 +739,12 @@ def test_a_step_does_not_copy_the_pool():
         parts.setdefault(name, []).append(line)
 
     def calls(name, seen):
-        """Everything called from there, but for the eviction: its result starts with `wanted`."""
+        """Everything called from there, but for the eviction: its result starts with `depths`."""
         if name not in seen:
             seen.add(name)
             for line in parts[name]:
                 called = re.findall(r"%?([\w.\-]+)", line.partition("), ")[2])
-                if re.search(r"= \(pred\[.* conditional\(", line):
+                if evicting.search(line):
                     evicts.extend(c for c in called if c in parts and c != called[1])
                     called = called[:2]
                 for other in called:
@@ -752,7 +752,7 @@ def test_a_step_does_not_copy_the_pool():
                         calls(other, seen)
         return seen
 
-    evicts = []
+    evicts, evicting = [], re.compile(rf"= \(s32\[{size}\]\S* s32\[{buckets}\].* conditional\(")
     (body,) = {m[1] for m in re.finditer(r"body=%?([\w.\-]+)", "\n".join(parts[entry_of(parts)]))}
     checked = calls(body, set())
     assert len(evicts) == 1

@@ -50,7 +50,7 @@ def test_speculation_changes_no_token(monkeypatch, drafter):
     # Prompts that repeat themselves, so that looking them up succeeds now and then.
     prompts = [(prompt * 4)[:16] for prompt in PROMPTS]
     tables = []
-    watch(monkeypatch, lambda state: tables.append(getattr(state, "decode", state).table))
+    watch(monkeypatch, lambda state: tables.append(getattr(state, "decode", state).pool.table))
     for sampling in ([SamplingParams()] * 4, SAMPLING):
         options = {**SHAPE, "sampling": sampling, "max_new_tokens": [12, 5, 1, 12]}
         plain = generate(MODEL, prompts, **options)
@@ -167,10 +167,10 @@ def test_scrub_leaves_nothing_of_samples_and_guesses(monkeypatch):
     watch(monkeypatch, states.append)
     assert generate(MODEL, PROMPTS, scrub=True, **options) == plain
     last = states[-1]
-    assert int(last.table.num_free) == int(last.decode.table.num_free) == SHAPE["num_pages"]
-    for cache in (last.cache, last.decode.cache):
-        assert not np.asarray(cache.k_pages).any()
-        assert not np.asarray(cache.v_pages).any()
+    for pool in (last.pool, last.decode.pool):
+        assert int(pool.table.num_free) == SHAPE["num_pages"]
+        assert not np.asarray(pool.cache.k_pages).any()
+        assert not np.asarray(pool.cache.v_pages).any()
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,12 @@ from paxattn.speculative import DraftModel, NGram
     show_default=True,
     help="Guesses per step.",
 )
+@click.option(
+    "--prefix-cache/--no-prefix-cache",
+    default=True,
+    show_default=True,
+    help="Compute what several prompts begin with once, and share its pages.",
+)
 @click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
 @click.option(
@@ -149,6 +155,7 @@ def generate(
     early_stopping: str,
     draft: str | None,
     draft_tokens: int,
+    prefix_cache: bool,
     stop: tuple[str, ...],
     ignore_eos: bool,
     dtype: str | None,
@@ -185,6 +192,7 @@ def generate(
         "stop_token_ids": () if ignore_eos else checkpoint.stop_token_ids,
         "page_size": page_size,
         "num_pages": num_pages,
+        "prefix_cache": prefix_cache,
     }
     running: Stream | Search
     if num_beams:

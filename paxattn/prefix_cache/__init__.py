@@ -26,7 +26,7 @@ hash; `reserve` is O(rows) while the pool suffices. One eviction goes over the w
 at least `1 / EVICTION_SHARE` of it, if so much can go. `evict`, `clear` and `held` are O(pool).
 """
 
-from paxattn.prefix_cache.eviction import EVICTION_SHARE, clear, evict, reserve
+from paxattn.prefix_cache.eviction import EVICTION_SHARE, clear, evict, evict_for, reserve
 from paxattn.prefix_cache.state import (
     CacheStats,
     PrefixCache,
@@ -35,6 +35,7 @@ from paxattn.prefix_cache.state import (
     init_prefix_cache,
 )
 from paxattn.prefix_cache.steps import SIBLINGS, Match, admit, insert, insert_rows, match
+from paxattn.prefix_cache.tokens import copy_tokens, write_tokens
 
 __all__ = [
     "EVICTION_SHARE",
@@ -45,11 +46,14 @@ __all__ = [
     "admit",
     "check_cache",
     "clear",
+    "copy_tokens",
     "evict",
+    "evict_for",
     "held",
     "init_prefix_cache",
     "insert",
     "insert_rows",
     "match",
     "reserve",
+    "write_tokens",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,7 +13,7 @@ from paxattn import page_table
 from paxattn.page_table import PageCopies, PageTable
 from paxattn.page_table.inputs import as_integers
 from paxattn.page_table.pages import running_sum
-from paxattn.page_table.steps import pages_wanted, take_pages
+from paxattn.page_table.steps import pages_wanted
 from paxattn.prefix_cache.chains import Chains, unlink
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
 
@@ -51,21 +52,43 @@ def reserve(
     Returns:
       The cache; then the table, `ok` and the copies to run, as from `page_table.reserve`.
     """
+    bound: dict[str, Any] = {"max_new_pages": max_new_pages, "max_new_tokens": max_new_tokens}
+    cache, table = evict_for(cache, table, new_tokens, **bound)
+    return cache, *page_table.reserve(table, new_tokens, **bound)
+
+
+def evict_for(
+    cache: PrefixCache,
+    table: PageTable,
+    new_tokens: ArrayLike,
+    *,
+    max_new_pages: int = 1,
+    max_new_tokens: int | None = None,
+) -> tuple[PrefixCache, PageTable]:
+    """The first half of `reserve`: gives up pages so that `page_table.reserve` finds enough.
+
+    Whoever must not leave anything behind in them scrubs what this step freed before the next.
+
+    Args:
+      cache: the cache.
+      table: the table it belongs to.
+      new_tokens: i32[R], as for `page_table.reserve`.
+      max_new_pages: as for `page_table.reserve`.
+      max_new_tokens: as for `page_table.reserve`.
+
+    Returns:
+      The cache and the table.
+    """
     check_sizes(cache, table)
-    possible, cols, pages, wanted = pages_wanted(table, new_tokens, max_new_pages, max_new_tokens)
+    _, _, pages, wanted = pages_wanted(table, new_tokens, max_new_pages, max_new_tokens)
     short = jnp.sum(wanted, dtype=jnp.int32) > table.num_free
 
-    def make_room(wanted: Array, *state: Array) -> tuple[Array, ...]:
+    def make_room(*state: Array) -> tuple[Array, ...]:
         old, now = with_changing(cache, table, state)
-        old, now = forget(old, now, victims(old, now, pages, wanted))
-        # A page that only the cache shared with a row is the row's own, if the cache gave it up.
-        wanted &= (pages == now.num_pages) | (holders_of(now, pages) > 1)
-        return wanted, *changing(old, now)
+        return changing(*forget(old, now, victims(old, now, pages, wanted)))
 
-    operands = (wanted, *changing(cache, table))
-    wanted, *state = lax.cond(short, make_room, lambda *s: s, *operands)
-    cache, table = with_changing(cache, table, tuple(state))
-    return cache, *take_pages(table, possible, cols, pages, wanted)
+    state = lax.cond(short, make_room, lambda *s: s, *changing(cache, table))
+    return with_changing(cache, table, state)
 
 
 def evict(

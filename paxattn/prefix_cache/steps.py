@@ -13,6 +13,7 @@ from paxattn.page_table import PageTable, adopt, retain
 from paxattn.page_table.inputs import as_integers, as_mask
 from paxattn.prefix_cache.chains import first_pages, link, next_pages, prefix_hashes
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
+from paxattn.prefix_cache.tokens import as_pages, row_tokens
 
 SIBLINGS = 32  # pages looked at, at most, for one that goes on with part of the tokens
 LAST_TICK = 2**30  # of the clock; beyond it, eviction goes by depth alone
@@ -187,7 +188,11 @@ def insert(
 
 
 def insert_rows(
-    cache: PrefixCache, table: PageTable, mask: ArrayLike, tokens: ArrayLike, salts: ArrayLike
+    cache: PrefixCache,
+    table: PageTable,
+    mask: ArrayLike,
+    tokens: ArrayLike | None,
+    salts: ArrayLike,
 ) -> tuple[PrefixCache, PageTable]:
     """`insert` for every row in a mask, in row order; costs nothing where there is none.
 
@@ -195,30 +200,25 @@ def insert_rows(
       cache: the cache.
       table: the table it belongs to.
       mask: bool[R].
-      tokens: i32[R, L], each row's tokens as for `insert`.
+      tokens: i32[R, L], each row's tokens as for `insert`; None: those that `write_tokens` noted.
       salts: i32[R].
     """
     mask = as_mask("mask", mask, (table.max_seqs,))
     salts = as_integers("salts", salts, mask.shape)
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[0] != mask.size:
-        raise ValueError(f"{tokens.shape=} must be ({mask.size}, L): a line per row of the table")
+    lines = None if tokens is None else jnp.asarray(tokens)
+    if lines is not None and (lines.ndim != 2 or lines.shape[0] != mask.size):
+        raise ValueError(
+            f"tokens.shape={lines.shape} must be ({mask.size}, L): a line per row of the table"
+        )
 
     def body(state: tuple[PrefixCache, PageTable, Array]) -> tuple[PrefixCache, PageTable, Array]:
         cache, table, left = state
         row = jnp.argmax(left).astype(jnp.int32)
-        cache, table = insert(cache, table, row, tokens[row], salts[row])
+        line = row_tokens(cache, table, row) if lines is None else lines[row]
+        cache, table = insert(cache, table, row, line, salts[row])
         return cache, table, left.at[row].set(False)
 
     return lax.while_loop(lambda state: jnp.any(state[2]), body, (cache, table, mask))[:2]
-
-
-def as_pages(table: PageTable, tokens: ArrayLike, num_tokens: Array) -> tuple[Array, Array]:
-    """Cuts tokens into pages, i32[K, page_size], as many as a row may have; and their number."""
-    tokens = as_integers("tokens", tokens, None)
-    size = min(tokens.size, table.max_pages_per_seq * table.page_size)
-    tokens = jnp.pad(tokens[:size], (0, -size % table.page_size))
-    return tokens.reshape(-1, table.page_size), jnp.clip(num_tokens, 0, size)
 
 
 def touch(cache: PrefixCache, pages: Array) -> PrefixCache:

@@ -1,0 +1,108 @@
+"""A pool that outlives a call: later calls find what earlier ones computed.
+
+The device holds the pages and the prefix cache; this is the host's side of it: who has the pool
+right now, and what the cache did so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paxattn.page_table.state import check_pool
+from paxattn.pool import Pool, init_pool, release_rows
+from paxattn.prefix_cache import CacheStats
+from paxattn.step import LanguageModel
+
+
+class KeptPool:
+    """Pages that stay between calls of `generate` and `stream`, with the tokens that they hold.
+
+    Prompts that begin like anything that was computed before, prompts and completions, start from
+    those pages; matching compares tokens, so nothing else is ever shared. Pages that nobody uses
+    are given up, least recently used first, when a call needs them: a request never fails for want
+    of them. One call at a time: a `stream` has the pool from its first ``next`` until it ends.
+
+    Example:
+        >>> kept = paxattn.KeptPool(model, num_pages=1024)
+        >>> paxattn.generate(model, [system + question], prefix_cache=kept)
+        >>> paxattn.generate(model, [system + another], prefix_cache=kept)
+        >>> kept.stats.tokens_saved
+
+    Attributes:
+        model: whose keys and values the pages hold. After a change of its weights, `clear`.
+        num_pages: pages in the pool.
+        page_size: tokens per page.
+        stats: what the cache did for the calls that are over, `prefix_cache.CacheStats` of numbers.
+            What prompts of one call share with each other is in that call's own ``stats``.
+    """
+
+    def __init__(self, model: LanguageModel, *, num_pages: int, page_size: int = 16) -> None:
+        """Allocates nothing yet.
+
+        Args:
+            model: see `step.LanguageModel`.
+            num_pages: pages in the pool.
+            page_size: tokens per page, 1 to 256.
+
+        Raises:
+            ValueError: a size is not a positive integer, or too large.
+        """
+        self.model = model
+        self.num_pages, self.page_size = check_pool(num_pages, page_size)
+        self._in_use = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Free the pages and forget everything, the counters too."""
+        if self._in_use:
+            raise RuntimeError("the pool is in use: let the stream that has it end, or close it")
+        self._pool: Pool | None = None
+        self.stats = CacheStats(**dict.fromkeys(CacheStats.__dataclass_fields__, 0))  # type: ignore
+
+    def take(self, *, max_pages_per_seq: int, salts: np.ndarray) -> Pool:
+        """Hand the pool out, with an empty row for each of ``salts`` i32[R]; see `put_back`.
+
+        Raises:
+            RuntimeError: somebody else has it.
+        """
+        if self._in_use:
+            raise RuntimeError(
+                "prefix_cache= is in use by another stream: let that one end, or close it, first"
+            )
+        if self._pool is None:
+            cache = self.model.init_cache(num_pages=self.num_pages, page_size=self.page_size)
+            self._pool = init_pool(cache, max_seqs=1, max_pages_per_seq=1, remember=True)
+        pool, self._pool, self._in_use = self._pool, None, True
+        rows = len(salts)
+        table = replace(
+            pool.table,
+            block_tables=jnp.full((rows, max_pages_per_seq), self.num_pages, jnp.int32),
+            kv_lens=jnp.zeros((rows,), jnp.int32),
+        )
+        return replace(pool, table=table, salts=jnp.asarray(salts))
+
+    def put_back(self, pool: Pool | None, *, scrub: bool) -> None:
+        """Take the pool back, and release its rows if there are any.
+
+        Args:
+            pool: what `take` gave, after its use. One that an error left without its buffers is
+                forgotten, and the next call starts with an empty one.
+            scrub: see `pool.release_rows`.
+        """
+        self._in_use = False
+        if pool is None or any(x.is_deleted() for x in jax.tree.leaves(pool)):
+            self.clear()
+            return
+        lens = np.asarray(pool.table.kv_lens)
+        if lens.any():
+            pool = _release(pool, np.ones(lens.shape, bool), scrub=scrub)
+        self._pool = pool
+        if pool.prefix is not None:
+            self.stats = jax.tree.map(int, jax.device_get(pool.prefix.stats))
+
+
+_release = jax.jit(release_rows, donate_argnames=("pool",), static_argnames=("scrub",))
