@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+OURS = ("JAX_PLATFORMS", "XLA_FLAGS")  # settings of the tests that do not hold for a GPU
 
 
 def why_not() -> str | None:
@@ -54,7 +55,7 @@ def compile_programs(module: str, names: list[str], timeout: float = 280) -> dic
             TF_CPP_MIN_LOG_LEVEL="3",
             PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
         )
-        env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | settings
+        env = {k: v for k, v in os.environ.items() if k not in OURS} | settings
         done = subprocess.run(
             [sys.executable, __file__, module, *names],
             env=env, capture_output=True, text=True, timeout=timeout, check=False,
