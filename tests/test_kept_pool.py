@@ -252,7 +252,7 @@ def watch(monkeypatch, look):
 
 
 def poisoned(pool, salts):
-    """NaN wherever nobody with these salts has a token: other tenants', free and unwritten slots."""
+    """NaN wherever nobody with these salts has a token: others', free and unwritten slots."""
     prefix = pool.prefix
     known = np.asarray(prefix_cache.held(prefix)) & np.isin(prefix.salts, salts)
     owned = known[:, None].repeat(P, axis=1) > 0
@@ -268,7 +268,7 @@ def poisoned(pool, salts):
 
 
 def test_a_released_page_never_reaches_another_request(monkeypatch):
-    """Whatever a tenant does not own is NaN, at every step of calls that take each other's pages."""
+    """What a tenant does not own is NaN, at every step of calls that take each other's pages."""
     calls = [(PROMPTS, [0, 0, 1, 1]), (words(*LENS), [2] * 4), (PROMPTS, [3] * 4)]
     calls += calls[-1:]  # which finds its own
     outcomes, counts = [], []
