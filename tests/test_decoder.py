@@ -92,7 +92,7 @@ def test_storage(stacked):
     kernel = model.kernels["gate_up"]
     kernel = kernel[...] if stacked else tuple(one[...] for one in kernel)
     for layer in range(3):
-        out = project(x, kernel, jnp.int32(layer))
+        out = project(x, kernel[layer] if stacked else kernel, jnp.int32(layer))
         expected = np.einsum("ti,abi->tab", x, kernel[layer])
         np.testing.assert_allclose(out, expected, atol=1e-5)
 

@@ -3,8 +3,10 @@
 Layers run in one ``lax.scan`` that carries the residual stream and the cache, so compile time does
 not grow with depth. Where a layer's matrices lie depends on the machine:
 
-- *stacked*, ``[num_layers, out..., in]`` indexed by the layer: for accelerators, whose matrix
-  products read a slice of a larger array in place;
+- *stacked*, ``[num_layers, out..., in]``, which the scan slices: for accelerators. XLA hands the
+  slices that a scan makes to cuBLAS in place, but copies those made by an index, and copies either
+  for its Triton products (read from programs compiled for an H200; with
+  ``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false`` an 8B decode step copies no matrix);
 - *separate*, ``num_layers`` arrays ``[out..., in]``, chosen among by ``lax.switch``: for CPUs,
   where XLA copies a slice before each product, which doubles the time of a decode step.
 
@@ -120,7 +122,7 @@ def project(x: jax.Array, kernel: Kernel, layer: jax.Array) -> jax.Array:
 
     Args:
         x: ``[T, in]``.
-        kernel: ``[num_layers, out..., in]``, or that many ``[out..., in]``.
+        kernel: ``[out..., in]``, the layer's own, or a tuple of those of all layers.
         layer: i32[], which one.
 
     Returns:
@@ -137,9 +139,8 @@ def project(x: jax.Array, kernel: Kernel, layer: jax.Array) -> jax.Array:
         # Out here, where XLA cannot turn the product round again.
         out = out.T if few else out
     else:
-        one = lax.dynamic_index_in_dim(kernel, layer, keepdims=False)
-        shape = one.shape[:-1]
-        out = _product(x, _flat(one))
+        shape = kernel.shape[:-1]
+        out = _product(x, _flat(kernel))
     return out.reshape(-1, *shape).astype(x.dtype)
 
 
@@ -263,15 +264,18 @@ class Decoder(nnx.Module):
             self._check_cache(cache)
         x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
         cos, sin = config.rope.angles(batch.positions, config.head_dim)
-        kernels: dict[str, Kernel] = {
-            name: tuple(one[...] for one in kernel) if isinstance(kernel, tuple) else kernel[...]
-            for name, kernel in self.kernels.items()
-        }
+        stacked, separate = {}, {}
+        for name, kernel in self.kernels.items():
+            if isinstance(kernel, tuple):
+                separate[name] = tuple(one[...] for one in kernel)
+            else:
+                stacked[name] = kernel[...]
         attend_options, kinds = self._attend_options(batch, cache, attend)
 
         def layer_step(carry: tuple[jax.Array, Any], per_layer: Any) -> tuple[Any, None]:
             x, cache = carry
-            layer, vectors, kind = per_layer
+            layer, vectors, kind, own = per_layer
+            kernels: dict[str, Kernel] = separate | own
 
             h = rms_norm(x, vectors["attention_norm"], config.norm_eps)
             qkv = project(h, kernels["qkv"], layer)  # [T, num_kv_heads, group + 2, head_dim]
@@ -300,7 +304,7 @@ class Decoder(nnx.Module):
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
         vectors = {name: vector[...] for name, vector in self.vectors.items()}
-        (x, cache), _ = lax.scan(layer_step, (x, cache), (layers, vectors, kinds))
+        (x, cache), _ = lax.scan(layer_step, (x, cache), (layers, vectors, kinds, stacked))
         return rms_norm(x, self.norm[...], config.norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
