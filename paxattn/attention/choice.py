@@ -91,7 +91,7 @@ _IMPLEMENTATIONS = {
         Implementation(
             name="reference",
             check=_check_reference,
-            run=reference.paged_attention_reference,
+            run=reference.run,
         ),
     )
 }

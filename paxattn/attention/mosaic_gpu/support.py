@@ -16,10 +16,10 @@ from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu.config import (
     DTYPES,
     HEAD_DIMS,
-    default_config,
     max_rows,
     packed_rows,
 )
+from paxattn.attention.mosaic_gpu.tunable import decode_config
 
 if TYPE_CHECKING:
     from paxattn.attention.choice import Target
@@ -92,11 +92,15 @@ def run(
     """
     from paxattn.attention import choice
 
-    heads, _, head_dim = k_pages.shape[-3:]
-    config = default_config(
+    heads, page_size, head_dim = k_pages.shape[-3:]
+    device = choice.target_of(q).device_kind
+    config = decode_config(
+        device=device,
+        dtype=q.dtype.name,
         rows=packed_rows(options["max_q_len"], q.shape[1] // heads),
         head_dim=head_dim,
-        num_sms=_SMS.get(choice.target_of(q).device_kind, 132),
+        page_size=page_size,
+        num_sms=_SMS.get(device, 132),
     )
     return run_with(q, k_pages, v_pages, sinks=sinks, config=config, **options)
 
