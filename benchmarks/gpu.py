@@ -102,6 +102,7 @@ def main() -> None:
         kind = {"rows": Path, "seconds": float}.get(name, str)
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ.setdefault("COLUMNS", "150")  # (tables, where there is no terminal)
     if args.section:
         return child(args)
     sections = args.only.split(",")

@@ -18,7 +18,7 @@ def compare(
     context: Context,
     case: dict,
     work: Workload,
-    inputs: Inputs,
+    make: Callable[[], Inputs],
     peers: Mapping[str, Timer],
     figures: Callable[[Workload, float], dict],
 ) -> None:
@@ -28,14 +28,16 @@ def compare(
         context: of the section.
         case: the first columns.
         work: the workload.
-        inputs: its arrays.
+        make: makes its arrays, if there is time.
         peers: by name.
         figures: what to make of the seconds.
     """
     ours: list[float] = []
+    made: list[Inputs] = []
 
     def row(timer: Timer) -> dict:
-        seconds, error = timer(work, inputs)
+        made[:] = made or [make()]
+        seconds, error = timer(work, made[0])
         ours[:] = ours or [seconds]
         return {
             "us": seconds * 1e6,

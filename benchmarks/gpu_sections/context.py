@@ -41,6 +41,9 @@ class Context:
         print(f"  {' '.join(map(str, row.values()))}", file=sys.stderr, flush=True)
         try:
             found = measure()
+        except NotImplementedError as why:
+            self.emit(row | {"declined": " ".join(str(why).split())[:400]})
+            return None
         except Exception as error:
             text = " ".join(str(error).split())
             self.emit(row | {"error": f"{type(error).__name__}: {text[:400]}"})

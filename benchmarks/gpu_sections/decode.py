@@ -6,6 +6,8 @@ A call is one of many in one jitted loop or CUDA graph, and successive calls rea
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from gpu_sections import jax_peers, torch_peers
@@ -54,6 +56,6 @@ def run(context: Context) -> None:
             page_size=page,
         )  # fmt: skip
         pages = -(-max(stored for _, stored in work.rows) // work.page_size)
-        inputs = measure.make_inputs(work, multiple=16 if pages < 128 else 128)
+        make = partial(measure.make_inputs, work, multiple=16 if pages < 128 else 128)
         case = {"case": name, "heads": f"{heads}/{kv_heads}", "page": page}
-        compare(context, case, work, inputs, peers, figures)
+        compare(context, case, work, make, peers, figures)

@@ -15,10 +15,11 @@ from gpu_sections.context import Context
 
 
 def run(context: Context) -> None:
-    context.attempt({}, lambda: {k: str(v) for k, v in machine().items()})
+    for what, value in machine().items():
+        context.emit({"what": what, "value": str(value)})
     for name in ("jaxlib", "jax-cuda13-plugin", "torch", "triton", "transformers", "flashinfer"):
-        context.attempt({"package": name}, lambda name=name: {"version": _version(name)})
-    context.attempt({"tool": "nvidia-smi"}, _smi)
+        context.emit({"what": name, "value": _version(name)})
+    context.attempt({"what": "nvidia-smi"}, lambda: {"value": _smi()})
     context.attempt({"bandwidth": "read"}, lambda: {"GB/s": read_bandwidth(context.tiny)})
     context.attempt({"bandwidth": "copy"}, lambda: {"GB/s": _bandwidth(context.tiny, copy=True)})
 
@@ -59,8 +60,8 @@ def _version(name: str) -> str:
         return "not there"
 
 
-def _smi() -> dict:
+def _smi() -> str:
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    return dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
+    return done.stdout.strip()

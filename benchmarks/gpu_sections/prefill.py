@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from gpu_sections import jax_peers, torch_peers
 from gpu_sections.compare import compare
 from gpu_sections.context import Context, workload
@@ -22,7 +24,7 @@ def run(context: Context) -> None:
     for name, rows in CASES.items():
         work = workload(rows, tiny=context.tiny)
         case = {"case": name, "page": work.page_size}
-        compare(context, case, work, measure.make_inputs(work), peers, figures)
+        compare(context, case, work, partial(measure.make_inputs, work), peers, figures)
 
 
 def figures(work: Workload, seconds: float) -> dict:
