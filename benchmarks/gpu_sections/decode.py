@@ -6,6 +6,7 @@ A call is one of many in one jitted loop or CUDA graph, and successive calls rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from gpu_sections import jax_peers, torch_peers
 from gpu_sections.compare import compare
 from gpu_sections.context import Context, workload
 from gpu_sections.device import read_bandwidth
+from gpu_sections.profile import emit_kernels
 from paxattn.attention import measure
 from paxattn.attention.measure import Workload
 
@@ -59,3 +61,13 @@ def run(context: Context) -> None:
         make = partial(measure.make_inputs, work, multiple=16 if pages < 128 else 128)
         case = {"case": name, "heads": f"{heads}/{kv_heads}", "page": page}
         compare(context, case, work, make, peers, figures)
+        if (name, heads, kv_heads, page) == CASES[0]:
+            context.attempt({"profile of": name}, partial(_profile, context, work, make))
+
+
+def _profile(context: Context, work: Workload, make: Callable[[], measure.Inputs]) -> dict:
+    """The kernels of one call."""
+    steps = measure.steps_for(work)
+    run = measure.compile_loop(measure.op_of(work, context.implementation), make(), steps)
+    run()
+    return emit_kernels(context, run, steps)

@@ -10,6 +10,23 @@ from typing import Any
 
 import jax
 
+from gpu_sections.context import Context
+
+
+def emit_kernels(context: Context, run: Callable[[], Any], steps: int) -> dict:
+    """Emits the kernels of a run of `steps` steps by their time, the longest first.
+
+    Returns:
+        The sums, for a row.
+    """
+    times = kernel_times(run)
+    total = sum(times.values())
+    for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:20]:
+        context.emit(
+            {"kernel": name[:80], "us a step": seconds / steps * 1e6, "%": 100 * seconds / total}
+        )
+    return {"kernels": len(times), "us a step": total / steps * 1e6}
+
 
 def kernel_times(run: Callable[[], Any]) -> dict[str, float]:
     """Seconds by kernel of one run (which should have been compiled before).

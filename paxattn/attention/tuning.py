@@ -30,8 +30,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import platformdirs
-
 Config = TypeVar("Config")
 PACKAGE_TABLE = Path(__file__).parent / "tuned.json"
 
@@ -93,6 +91,8 @@ class Question:
 
 def user_table() -> Path:
     """Where the user's table lies (or would)."""
+    import platformdirs  # (here, so that attention alone needs jax alone)
+
     return Path(platformdirs.user_data_dir("paxattn")) / "tuned.json"
 
 
