@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpu_sections.asking import Asking, by_kernel
+from gpu_sections import step
 from gpu_sections.context import Context
 from paxattn import generate, load
+from paxattn.models import Decoder
 
 LLAMA_8B = dict(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -36,23 +36,11 @@ def run(context: Context) -> None:
     shape = TINY if context.tiny else LLAMA_8B
     prompts = np.random.default_rng(0).integers(5, shape["vocab_size"], (batch, prompt))
     try:
-        import torch
-        import transformers
+        theirs = _their_model(shape, context.tiny)
     except ImportError as error:
-        context.emit({"generate": "Hugging Face", "skipped": str(error)})
-        torch = None
-    theirs = None
-    if torch is not None:
-        torch.manual_seed(0)
-        device = "cpu" if context.tiny else "cuda"
-        with torch.device(device):
-            config = transformers.LlamaConfig(
-                **shape, dtype="float32" if device == "cpu" else "bfloat16"
-            )
-            theirs = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype
-            ).eval()
-    ours = _our_model(context, shape, theirs)
+        context.emit({"generate": "transformers", "skipped": str(error)})
+        theirs = None
+    ours = _our_model(context, theirs)
 
     def paxattn() -> np.ndarray:
         out = generate(ours, prompts.tolist(), max_new_tokens=new)
@@ -60,32 +48,44 @@ def run(context: Context) -> None:
 
     runs: dict[str, Callable[[], np.ndarray]] = {"paxattn": paxattn}
     if theirs is not None:
-        runs |= _their_runs(torch, transformers, theirs, prompts, new, context.tiny)
+        runs |= _their_runs(theirs, prompts, new, context.tiny)
     first: list[np.ndarray] = []
     for name, call in runs.items():
         case = {"generate": name, "batch": batch, "prompt": prompt, "new": new}
         context.attempt(case, partial(_time, call, batch * new, first))
 
 
-def _our_model(context: Context, shape: dict, theirs: Any) -> Asking:
+def _their_model(shape: dict[str, int], tiny: bool) -> Any:
+    """A random Llama of Hugging Face's."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    dtype = torch.float32 if tiny else torch.bfloat16
+    with torch.device("cpu" if tiny else "cuda"):
+        config = transformers.LlamaConfig(**shape)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _our_model(context: Context, theirs: Any) -> Decoder:
     """The same weights, by way of a checkpoint in memory; random ones without Hugging Face."""
     dtype = "float32" if context.tiny else "bfloat16"
     if theirs is None:
-        from gpu_sections.step import LLAMA_8B as config
-        from gpu_sections.step import TINY as tiny
-        from paxattn.models import Decoder
-
-        decoder = Decoder(
-            tiny if context.tiny else config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)
-        )
-        return Asking(decoder, by_kernel(context))
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as folder:
-        theirs.save_pretrained(folder)
-        return Asking(load(folder, dtype=dtype).model, by_kernel(context))
+        config = step.TINY if context.tiny else step.LLAMA_8B
+        model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+    else:
+        memory = Path("/dev/shm")
+        with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as folder:
+            theirs.save_pretrained(folder)
+            model = load(folder, dtype=dtype).model
+    model.implementation = (context.implementation, "reference")
+    return model
 
 
-def _their_runs(torch, transformers, model, prompts, new, tiny) -> dict[str, Callable]:
+def _their_runs(model: Any, prompts: np.ndarray, new: int, tiny: bool) -> dict[str, Callable]:
+    import torch
+    import transformers
+
     options = dict(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from gpu_sections.asking import Asking, by_kernel
 from gpu_sections.context import Context
 from gpu_sections.device import read_bandwidth
 from gpu_sections.profile import emit_kernels
@@ -38,6 +39,21 @@ TINY = DecoderConfig(
     num_kv_heads=2, head_dim=16,
 )  # fmt: skip
 PAGE_SIZE = 16
+
+
+class Without(nnx.Module):
+    """A decoder with something less in the place of `nn.attend`."""
+
+    def __init__(self, decoder: Decoder, attend: Callable[..., Any]) -> None:
+        self.decoder, self.attend = decoder, attend
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The decoder's."""
+        return self.decoder.logits(hidden)
+
+    def __call__(self, tokens: jax.Array, batch: Any, cache: Any) -> Any:
+        """The decoder's, attending so."""
+        return self.decoder(tokens, batch, cache, attend=self.attend)
 
 
 def write_only(q, k, v, cache, batch, *, layer, **options):
@@ -98,23 +114,23 @@ def run(context: Context) -> None:
     dtype = jnp.float32 if context.tiny else jnp.bfloat16
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, stacked=True)
     read = read_bandwidth(context.tiny)
-    full = by_kernel(context)
+    model.implementation = (context.implementation, "reference")
     batches, stored, steps = ((2,), 40, 4) if context.tiny else ((64, 1, 256, 8), 1024, 32)
     for batch in batches:
         case = {"batch": batch, "context": stored}
-        context.attempt(case, partial(_parts, model, full, batch, stored, steps, dtype, read))
+        context.attempt(case, partial(_parts, model, batch, stored, steps, dtype, read))
         if batch == batches[0]:
-            profiled = partial(_profile, context, model, full, batch, stored, steps, dtype)
+            profiled = partial(_profile, context, model, batch, stored, steps, dtype)
             context.attempt({"profile of batch": batch}, profiled)
 
 
 @partial(jax.jit, donate_argnums=1)
-def _steps(model: Asking, state: DecodeState, steps: jax.Array) -> DecodeState:
+def _steps(model: Any, state: DecodeState, steps: jax.Array) -> DecodeState:
     return decode(model, state, steps)
 
 
 @partial(jax.jit, donate_argnums=1)
-def _allocate(model: Asking, state: DecodeState, steps: jax.Array) -> DecodeState:
+def _allocate(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeState:
     """What a step does to the table, in a loop: room, copies (none here), the count of tokens."""
     del model
     one = jnp.ones_like(state.status)
@@ -129,7 +145,7 @@ def _allocate(model: Asking, state: DecodeState, steps: jax.Array) -> DecodeStat
 
 
 @partial(jax.jit, donate_argnums=1)
-def _sample(model: Asking, state: DecodeState, steps: jax.Array) -> DecodeState:
+def _sample(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeState:
     """Sampling from logits that depend on the last step's."""
     rows, vocabulary = state.status.size, model.config.vocab_size
     logits = jax.random.normal(jax.random.key(0, impl="rbg"), (rows, vocabulary))
@@ -143,14 +159,13 @@ def _sample(model: Asking, state: DecodeState, steps: jax.Array) -> DecodeState:
     return dataclasses.replace(state, last_token=tokens)
 
 
-def _parts(model, full, batch, stored, steps, dtype, read) -> dict:
-    asking = Asking(model, full)
+def _parts(model, batch, stored, steps, dtype, read) -> dict:
     loops = {
-        "step": partial(_steps, asking),
-        "no attention": partial(_steps, Asking(model, write_only)),
-        "no write": partial(_steps, Asking(model, neither)),
-        "allocator": partial(_allocate, asking),
-        "sampling": partial(_sample, asking),
+        "step": partial(_steps, model),
+        "no attention": partial(_steps, Without(model, write_only)),
+        "no write": partial(_steps, Without(model, neither)),
+        "allocator": partial(_allocate, model),
+        "sampling": partial(_sample, model),
     }
     state = make_state(model.config, batch, stored, steps, dtype)
     lens = jnp.full(batch, stored, jnp.int32)
@@ -180,10 +195,10 @@ def _parts(model, full, batch, stored, steps, dtype, read) -> dict:
     }
 
 
-def _profile(context, model, full, batch, stored, steps, dtype) -> dict:
+def _profile(context, model, batch, stored, steps, dtype) -> dict:
     """The kernels of the whole step."""
     state = make_state(model.config, batch, stored, steps, dtype)
-    loop = partial(_steps, Asking(model, full))
+    loop = partial(_steps, model)
     lens = jnp.full(batch, stored, jnp.int32)
     state = rewind(jax.block_until_ready(loop(state, jnp.int32(steps))), lens)
     return emit_kernels(context, lambda: loop(state, jnp.int32(steps)), steps)
