@@ -43,11 +43,15 @@ def no_races():
     return not gpu_callbacks.get_races().races_found
 
 
-def call(inputs, *, cores=3, stages=2, ctas=2, split=None, short=None, decode=True, **changes):
+def call(
+    inputs, *, cores=3, stages=2, block_kv=64, ctas=2, split=None, short=None, decode=True,
+    prefill=None, **changes,
+):  # fmt: skip
     """`(o, lse)` of the implementation; rows are routed as they would be, unless told otherwise.
 
     `short` bounds the new tokens of rows for the decode kernel (0: none); with `decode=False` it
-    does not run, and nobody serves them.
+    does not run, and nobody serves them. `prefill` is the other kernel's config, if not the
+    heuristic's.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -61,13 +65,13 @@ def call(inputs, *, cores=3, stages=2, ctas=2, split=None, short=None, decode=Tr
     request = checks.check(*arrays, **options)
     if short is None:
         short = short_q_len(request.max_q_len, case.heads[0] // case.heads[1], case.head_dim)
-    decode = Config(block_kv=64, stages=stages, num_cores=cores, split=split) if decode else None
-    prefill = default_config(head_dim=case.head_dim, num_sms=ctas)
+    sizes = Config(block_kv=block_kv, stages=stages, num_cores=cores, split=split)
+    prefill = prefill or default_config(head_dim=case.head_dim, num_sms=ctas)
     made = plan.plan_batch(
         **{k: options[k] for k in ("block_tables", "kv_lens", "cu_q_lens", "sliding_window")},
         request=request,
         short_q_len=short,
-        decode=decode if short else None,
+        decode=sizes if short and decode else None,
         prefill=prefill if short < request.max_q_len else None,
     )
     return support.run(

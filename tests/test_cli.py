@@ -230,7 +230,7 @@ def test_plan(monkeypatch, capfd):
     assert "1,024 reserved for each 953 25.0%" in lines  # 10**9 // (1,024 * 1,024)
 
 
-@pytest.mark.parametrize("command", ["generate", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "bench", "plan", "doctor"])
 def test_help(command):
     result = CliRunner().invoke(cli.cli, [command, "--help"])
     assert result.exit_code == 0
@@ -241,7 +241,7 @@ def test_help(command):
         assert "[default: a quarter of --max-len]" in words
         assert "[default: the model's positions, or 2048]" in words
     if command != "doctor":  # examples, a line each
-        assert f"\n    paxattn {command} -" in result.output
+        assert f"\n    paxattn {command} " in result.output
 
 
 BAD = [

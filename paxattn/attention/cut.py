@@ -5,12 +5,16 @@ Letters: T tokens in the batch, R rows, M `max_pages_per_seq`, B tiles, C querie
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn.attention import tuning
 from paxattn.attention.tiles import Masking, Tiles
 
 
@@ -48,6 +52,57 @@ def default_config(*, num_rows: int, num_kv_heads: int, head_dim: int) -> Config
     """
     tokens = 2**20 // (4 * num_rows * num_kv_heads * head_dim)
     return Config(short_block_kv=min(max(tokens, 64), 512))
+
+
+def candidates(default: Config, *, short: bool) -> Iterator[Config]:
+    """What is tried when this machine is tuned.
+
+    Args:
+        default: the heuristic's config.
+        short: whether all rows are served as one tile each.
+
+    Yields:
+        Configs that differ in what matters to such a batch.
+    """
+    if short:
+        for size in (64, 128, 256, 512):
+            yield dataclasses.replace(default, short_block_kv=size)
+        return
+    for block_q, block_kv in itertools.product((64, 128, 256), repeat=2):
+        yield dataclasses.replace(default, block_q=block_q, block_kv=block_kv)
+
+
+def choose_config(
+    *, device: str, dtype: str, max_q_len: int, num_rows: int, num_kv_heads: int, head_dim: int,
+    page_size: int,
+) -> Config:  # fmt: skip
+    """Chooses block sizes: tuned ones, else the heuristic's.
+
+    Args:
+        device: the device's kind.
+        dtype: of queries and pages.
+        max_q_len: bound on a row's new tokens.
+        num_rows: R.
+        num_kv_heads: Hkv.
+        head_dim: D.
+        page_size: P, tokens.
+
+    Returns:
+        The config.
+    """
+    default = default_config(num_rows=num_rows, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    short = max_q_len <= default.short_q
+    key: dict[str, str | int] = {"dtype": dtype}
+    key |= {"heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
+    if short:
+        key["rows"] = num_rows  # (they are read together)
+    return tuning.pick(
+        f"reference.{'short' if short else 'long'}",
+        device=device,
+        key=key,
+        default=default,
+        candidates=candidates(default, short=short),
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ recomputes probabilities; `while_loop` itself has no reverse mode).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,35 @@ from paxattn.attention.tiles import (
     attend_tiles_backward,
 )
 from paxattn.page_table.pages import varying_like
+
+
+def run(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The implementation named "reference": `paged_attention_reference` with the config chosen.
+
+    Args:
+        q: [T, Hq, D].
+        k_pages: [L, N, Hkv, P, D], or [N, Hkv, P, D] without `layer`.
+        v_pages: same.
+        **options: the other arguments of `paged_attention_reference`.
+
+    Returns:
+        o and lse.
+    """
+    from paxattn.attention import choice
+
+    heads, page_size, head_dim = k_pages.shape[-3:]
+    config = cut.choose_config(
+        device=choice.target_of(q).device_kind,
+        dtype=q.dtype.name,
+        max_q_len=options["max_q_len"],
+        num_rows=options["kv_lens"].shape[0],
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        page_size=page_size,
+    )
+    return paged_attention_reference(q, k_pages, v_pages, config=config, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("max_q_len", "causal", "soft_cap", "config"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import click
 import jax
@@ -25,3 +27,8 @@ def not_empty(context: click.Context, option: click.Parameter, value: str | None
     if value == "":
         raise click.BadParameter("is empty", context, option)
     return value
+
+
+def fields(values: Mapping[str, Any]) -> str:
+    """Names and values on a line."""
+    return " ".join(f"{name}={value}" for name, value in values.items())

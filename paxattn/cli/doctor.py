@@ -11,8 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 import paxattn
-from paxattn.attention import implementations
-from paxattn.cli.common import devices
+from paxattn.attention import implementations, tuning
+from paxattn.cli.common import devices, fields
 from paxattn.display import Output
 
 
@@ -40,6 +40,7 @@ def doctor() -> None:
     for name, available, reason in implementations():
         choices.add_row(name, "yes" if available else "no", reason)
     console.print(choices)
+    _show_tuned(console)
     if jax.default_backend() == "cpu":
         console.print()
         console.print(
@@ -47,3 +48,20 @@ def doctor() -> None:
             '"paxattn[tpu]".',
             markup=False,
         )
+
+
+def _show_tuned(console: Output) -> None:
+    """The tuned configs that kernels on these devices will find."""
+    here = {device.device_kind for device in devices()}
+    shown = Table("tuned kernel", "device", "for", "config", box=None, pad_edge=False)
+    for entry in {entry.place: entry for entry in tuning.entries()}.values():
+        if entry.device in here:
+            shown.add_row(entry.kernel, entry.device, fields(entry.key), fields(entry.config))
+    console.print()
+    if shown.row_count:
+        console.print(shown)
+    else:
+        console.print(
+            "No tuned configs for these devices: heuristics choose (paxattn bench --tune)."
+        )
+    console.print(f"Your table: {tuning.user_table()}", markup=False, soft_wrap=True)

@@ -87,6 +87,12 @@ def shared_bytes(config: Config, *, rows: int, head_dim: int) -> int:
     return 2 * (ring + 2 * rows * head_dim + rows * config.block_kv)
 
 
+def fits(config: Config, per_sm: int, rows: int, head_dim: int) -> bool:
+    """Whether `per_sm` thread blocks have shared memory enough on a multiprocessor."""
+    room = SHARED_BYTES // per_sm - _RESERVED_BYTES
+    return shared_bytes(config, rows=rows, head_dim=head_dim) <= room
+
+
 def default_config(
     *, rows: int, head_dim: int, num_sms: int = 132, split: int | None = None
 ) -> Config:
@@ -105,10 +111,9 @@ def default_config(
         The config.
     """
     for per_sm in (2, 1) if rows <= 16 else (1,):
-        room = SHARED_BYTES // per_sm - _RESERVED_BYTES
         for stages in (4, 3, 2):
             config = Config(block_kv=64, stages=stages, num_cores=per_sm * num_sms, split=split)
-            if shared_bytes(config, rows=rows, head_dim=head_dim) <= room:
+            if fits(config, per_sm, rows, head_dim):
                 return config
     raise NotImplementedError(
         f"{rows=} of {head_dim=} exceed the shared memory of a multiprocessor"

@@ -31,7 +31,14 @@ class Config:
 
     def own_output(self, head_dim: int) -> bool:
         """Whether the result has shared memory of its own, so that the next queries come early."""
-        rows = 2 * TILE + 2 * self.stages * self.block_kv
+        return self._fits(2 * TILE, head_dim)
+
+    def fits(self, head_dim: int) -> bool:
+        """Whether queries and the rings of K and V fit in shared memory."""
+        return self._fits(TILE, head_dim)
+
+    def _fits(self, rows: int, head_dim: int) -> bool:
+        rows += 2 * self.stages * self.block_kv
         return rows * head_dim * 2 + _RESERVED_BYTES <= SHARED_BYTES
 
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from paxattn.attention.checks import Request
-from paxattn.attention.mosaic_gpu import prefill_config
+from paxattn.attention.mosaic_gpu import prefill_config, tunable
 from paxattn.attention.mosaic_gpu.config import (
     DTYPES,
     HEAD_DIMS,
-    default_config,
     packed_rows,
     short_q_len,
 )
@@ -99,8 +98,14 @@ def schedule(
     from paxattn.attention.mosaic_gpu import plan
 
     group, head_dim = request.num_q_heads // request.num_kv_heads, request.head_dim
-    short, num_sms = short_q_len(request.max_q_len, group, head_dim), sms(target)
-    rows = packed_rows(short, group)
+    short = short_q_len(request.max_q_len, group, head_dim)
+    common: dict[str, Any] = dict(
+        device=target.device_kind,
+        dtype=request.dtype,
+        head_dim=head_dim,
+        page_size=request.page_size,
+        num_sms=sms(target),
+    )
     return plan.plan_batch(
         block_tables=block_tables,
         kv_lens=kv_lens,
@@ -108,12 +113,10 @@ def schedule(
         sliding_window=sliding_window,
         request=request,
         short_q_len=short,
-        decode=default_config(rows=rows, head_dim=head_dim, num_sms=num_sms, split=fixed_split)
+        decode=tunable.decode_config(**common, rows=packed_rows(short, group), split=fixed_split)
         if short
         else None,
-        prefill=prefill_config.default_config(head_dim=head_dim, num_sms=num_sms)
-        if short < request.max_q_len
-        else None,
+        prefill=tunable.prefill_config(**common) if short < request.max_q_len else None,
     )
 
 

@@ -1,0 +1,100 @@
+"""What every section has: its time, where rows go, and checks against float64 on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from paxattn.attention.measure import Inputs, Workload
+
+
+@dataclass(frozen=True)
+class Context:
+    """Of one section's process."""
+
+    tiny: bool
+    peers: Path
+    emit: Callable[[dict], None]
+    until: float
+
+    @property
+    def implementation(self) -> str:
+        """The one that is measured."""
+        return "reference" if self.tiny else "mosaic_gpu"
+
+    def attempt(self, row: dict, measure: Callable[[], dict]) -> dict | None:
+        """Emits a row with what `measure` finds, or with why it found nothing (and returns None).
+
+        One failure must not cost the section its other rows.
+        """
+        if time.monotonic() > self.until:
+            self.emit(row | {"skipped": "no time left"})
+            return None
+        # The last of these lines tells what a process that had to be killed was doing.
+        print(f"  {' '.join(map(str, row.values()))}", file=sys.stderr, flush=True)
+        try:
+            found = measure()
+        except NotImplementedError as why:
+            self.emit(row | {"declined": " ".join(str(why).split())[:400]})
+            return None
+        except Exception as error:
+            text = " ".join(str(error).split())
+            self.emit(row | {"error": f"{type(error).__name__}: {text[:400]}"})
+            return None
+        self.emit(row | found)
+        return found
+
+
+def workload(rows: list[tuple[int, int]], *, tiny: bool, **changes) -> Workload:
+    """A workload in bf16, by default with the heads of Llama 3; a toy one for a dry run."""
+    shape = dict(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16")
+    shape |= changes
+    if tiny:
+        group = shape["num_q_heads"] // shape["num_kv_heads"]
+        shape |= dict(num_q_heads=2 * group, num_kv_heads=2, head_dim=64, dtype="float32")
+        rows = [(max(1, new // 256), max(1, stored // 256)) for new, stored in rows[:3]]
+    return Workload(rows=tuple(rows), **shape)
+
+
+def host_error(work: Workload, inputs: Inputs, steps: int, got: jax.Array) -> float:
+    """The largest error of the last of `steps` calls, against float64 on the host.
+
+    Looked at are the first and the last row, one KV head of each, and at most their last 16 tokens.
+    """
+    tables = np.asarray(inputs.tables[(steps - 1) % inputs.tables.shape[0]])
+    ends = np.asarray(inputs.cu_q_lens)
+    group, worst = work.num_q_heads // work.num_kv_heads, 0.0
+    for row, head in ((0, 0), (len(work.rows) - 1, work.num_kv_heads - 1)):
+        stored = work.rows[row][1]
+        tokens = slice(max(ends[row], ends[row + 1] - 16), ends[row + 1])
+        heads = slice(head * group, (head + 1) * group)
+        pages = tables[row, : -(-stored // work.page_size)]
+        k, v = (
+            np.asarray(x[pages, head], np.float64).reshape(-1, work.head_dim)[:stored]
+            for x in (inputs.k_pages, inputs.v_pages)
+        )
+        q = np.asarray(inputs.q[tokens, heads], np.float64)
+        s = np.einsum("qgd,td->qgt", q, k) * work.head_dim**-0.5
+        position = stored - q.shape[0] + np.arange(q.shape[0])
+        s = np.where(np.arange(stored) <= position[:, None, None], s, -np.inf)
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        right = np.einsum("qgt,td->qgd", p / p.sum(axis=-1, keepdims=True), v)
+        error = np.abs(np.asarray(got[tokens, heads], np.float64) - right).max()
+        worst = max(worst, error) if error == error else float("nan")
+    return float(worst)
+
+
+def transposed(inputs: Inputs, order: tuple[int, ...]) -> Inputs:
+    """Pages [N, Hkv, P, D] in the order that a peer wants, and table entries that are all pages."""
+    move = jax.jit(lambda x: x.transpose(order))
+    tables = jax.numpy.minimum(inputs.tables, inputs.k_pages.shape[0] - 1)
+    return dataclasses.replace(
+        inputs, k_pages=move(inputs.k_pages), v_pages=move(inputs.v_pages), tables=tables
+    )
