@@ -139,8 +139,8 @@ def test_the_table_decides_what_is_built():
     found = gpu_compile.compile_programs("test_tuning_compile", names)
     for name in names:
         check(name, found[name])
-        assert {k["name"] for k in found[name]["kernels"]} == {"paged_decode", "merge_parts"}
-    assert found[names[1]]["kernels"] != found[names[0]]["kernels"]
+    built = [{k["name"]: k for k in found[name]["kernels"]}["paged_decode"] for name in names]
+    assert built[0] != built[1]
 
 
 @pytest.mark.slow
