@@ -74,16 +74,13 @@ def test_whole_grid(case):
 
 @interpreted
 def test_with_a_fixed_split_a_mixed_batch_does_not_change_a_row():
-    case = Case(q_lens=(1, 20), kv_lens=(200, 90), **BF16, heads=(8, 1))
+    case = Case(q_lens=(1, 20, 1), kv_lens=(200, 90, 130), **BF16, heads=(8, 1))
     inputs = cases.make(case)
     fixed = run(inputs, split=128)
     check(inputs, fixed)
-    for row, tokens in (0, slice(0, 1)), (1, slice(1, 21)):
-        lens = inputs.kv_lens.copy()
-        lens[1 - row] = 21  # of the other row
-        other = run(dataclasses.replace(inputs, kv_lens=lens), split=128, cores=2, ctas=1)
-        for got, want in zip(other, fixed, strict=True):
-            np.testing.assert_array_equal(got[tokens], want[tokens])
+    other = dataclasses.replace(inputs, kv_lens=np.asarray([200, 90, 3], np.int32))
+    for got, want in zip(run(other, split=128, cores=2, ctas=1), fixed, strict=True):
+        np.testing.assert_array_equal(got[:21], want[:21])
 
 
 def test_rows_are_short_as_far_as_registers_reach():
