@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_generate import CONFIG, MODEL, PROMPTS, SAMPLING, SHAPE, V, tokens_of, watch
+from test_generate import CONFIG, MODEL, PROMPTS, SAMPLING, SHAPE, TOKENIZER, V, tokens_of, watch
 
 from paxattn import DraftModel, NGram, generate, page_table, stream
 from paxattn.models import Decoder
@@ -96,6 +96,17 @@ def test_stop_tokens_among_the_guesses_end_a_row_there():
     assert [c.finish_reason for c in fast.completions] == [
         c.finish_reason for c in plain.completions
     ]
+
+
+def test_stop_strings_end_rows_that_guess():
+    options = {**SHAPE, "tokenizer": TOKENIZER, "sampling": SAMPLING}
+    prompts = [(prompt * 4)[:16] for prompt in PROMPTS]
+    plain = generate(MODEL, prompts, **options).completions
+    middle = max(plain, key=lambda completion: len(completion.text)).text[1:3]
+    cut = generate(MODEL, prompts, stop=[middle], draft=DRAFTERS[0], **options).completions
+    assert [c.text for c in cut] == [c.text.split(middle)[0] for c in plain]
+    assert [c.finish_reason == "stop" for c in cut] == [middle in c.text for c in plain]
+    assert any(c.finish_reason == "stop" for c in cut)
 
 
 def test_repetition_penalty_sees_the_guesses():
