@@ -19,6 +19,7 @@ from paxattn import kv_cache, page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.ragged import RaggedBatch, check_same_pool, ragged_batch
+from paxattn.tree import Tree
 
 
 class LanguageModel(Protocol):
@@ -121,6 +122,7 @@ def run_tokens(
     *,
     live: jax.Array,
     max_q_len: int,
+    tree: Tree | None = None,
 ) -> tuple[PageTable, KVCache, jax.Array]:
     """Write, attend and append, in room that `make_room` made: the second half of `ragged_step`.
 
@@ -132,6 +134,7 @@ def run_tokens(
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R], rows that have room; the tokens of others are computed but not stored.
         max_q_len: static upper bound of ``q_lens``.
+        tree: static, see `ragged.ragged_batch`.
 
     Returns:
         ``(table, cache, hidden [T, hidden_size])``.
@@ -140,7 +143,9 @@ def run_tokens(
         ValueError: the cache and the table differ in pages or page size.
     """
     check_same_pool(cache, table)
-    batch = ragged_batch(table, q_lens, num_tokens=tokens.shape[0], max_q_len=max_q_len, live=live)
+    batch = ragged_batch(
+        table, q_lens, num_tokens=tokens.shape[0], max_q_len=max_q_len, live=live, tree=tree
+    )
     hidden, cache = model(tokens, batch, cache)
     table, _ = page_table.append(table, jnp.where(live, q_lens, 0))
     return table, cache, hidden
@@ -155,6 +160,7 @@ def ragged_step(
     *,
     live: jax.Array | None = None,
     max_q_len: int | None = None,
+    tree: Tree | None = None,
     scrub: bool = False,
 ) -> tuple[PageTable, KVCache, jax.Array, jax.Array]:
     """Run new tokens of several rows through the model: reserve, copy, write, attend, append.
@@ -167,6 +173,7 @@ def ragged_step(
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R]; the tokens of other rows are computed but neither stored nor counted.
         max_q_len: static upper bound of ``q_lens``; T by default, 1 for a decode step.
+        tree: static, see `ragged.ragged_batch`.
         scrub: see `make_room`.
 
     Returns:
@@ -181,7 +188,7 @@ def ragged_step(
     table, cache, ok = make_room(table, cache, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
     stored = ok if live is None else live & ok
     table, cache, hidden = run_tokens(
-        model, table, cache, tokens, q_lens, live=stored, max_q_len=max_q_len
+        model, table, cache, tokens, q_lens, live=stored, max_q_len=max_q_len, tree=tree
     )
     return table, cache, hidden, ok
 

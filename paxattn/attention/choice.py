@@ -189,9 +189,7 @@ def consider(request: Request, target: Target, implementation: Names) -> Explana
     return Explanation(implementation=None, target=target, reasons=tuple(reasons))
 
 
-def choose(
-    request: Request, q: Any, implementation: Names
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def choose(request: Request, q: Any, implementation: Names) -> Implementation:
     """Finds the implementation that serves, and warns (once per reason) of a slow fallback.
 
     Args:
@@ -200,7 +198,7 @@ def choose(
         implementation: as in `paged_attention`.
 
     Returns:
-        The function to run.
+        The implementation.
 
     Raises:
         NotImplementedError: nothing that was asked for can serve.
@@ -221,4 +219,19 @@ def choose(
         if message not in _warned:
             _warned.add(message)
             warnings.warn(message, stacklevel=3)
-    return _IMPLEMENTATIONS[made.implementation].run
+    return _IMPLEMENTATIONS[made.implementation]
+
+
+def serves(implementation: Implementation, request: Request, q: Any) -> bool:
+    """Whether an implementation can serve another request too.
+
+    Args:
+        implementation: from `choose`.
+        request: what is asked.
+        q: tells the target.
+    """
+    try:
+        implementation.check(request, target_of(q))
+    except NotImplementedError:
+        return False
+    return True

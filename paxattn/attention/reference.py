@@ -44,6 +44,7 @@ def paged_attention_reference(
     max_q_len: int,
     causal: bool,
     soft_cap: float | None,
+    ancestors: jax.Array | None = None,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The implementation named "reference". Arguments are as `api.paged_attention` leaves them.
@@ -63,6 +64,7 @@ def paged_attention_reference(
         max_q_len: bound of the rows' query counts.
         causal: whether a query is blind to later positions.
         soft_cap: `cap * tanh(s / cap)` on scaled scores, or None.
+        ancestors: u32[T] or None.
         config: block sizes; None: `default_config`.
 
     Returns:
@@ -72,7 +74,11 @@ def paged_attention_reference(
         k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
     if config is None:
         config = default_config(
-            num_rows=kv_lens.shape[0], num_kv_heads=k_pages.shape[2], head_dim=q.shape[2]
+            num_rows=kv_lens.shape[0],
+            num_q_heads=q.shape[1],
+            num_kv_heads=k_pages.shape[2],
+            head_dim=q.shape[2],
+            max_q_len=max_q_len,
         )
     room = block_tables.shape[1] * k_pages.shape[3]
     batch = Batch(
@@ -81,6 +87,7 @@ def paged_attention_reference(
         cu_q_lens=cu_q_lens,
         layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_pages.shape[0] - 1),
         window=jnp.asarray(sliding_window, jnp.int32),
+        ancestors=ancestors,
         max_q_len=max_q_len,
         masking=Masking(causal=causal, soft_cap=soft_cap),
         config=config,
@@ -109,9 +116,9 @@ def _attend(
     """Both drivers, without sinks: scaled f32[T, Hq, D] -> o f32[T, Hq, D], lse f32[T, Hq]."""
     o = varying_like(jnp.zeros(q.shape, jnp.float32), q)
     lse = varying_like(jnp.full(q.shape[:2], -jnp.inf, jnp.float32), q)
-    if batch.max_q_len <= batch.config.short_q:
+    if batch.short(q.shape[0]):
         return _rows_forward(q, k_pages, v_pages, batch, batch.q_lens > 0, batch.max_q_len, o, lse)
-    single = batch.q_lens == 1
+    single = (batch.q_lens == 1) & (batch.kv_lens > 0)
     o, lse = lax.cond(
         single.any(),
         lambda o, lse: _rows_forward(q, k_pages, v_pages, batch, single, 1, o, lse),
@@ -119,7 +126,17 @@ def _attend(
         o,
         lse,
     )
-    return _tiles_forward(q, k_pages, v_pages, batch, o, lse)
+    walk = functools.partial(_tiles_forward, q, k_pages, v_pages, batch)
+    if batch.masking.causal:
+        return walk(batch.config.block_kv, o, lse)
+    wide = batch.config.wide_block_kv
+    return lax.cond(
+        jnp.max(batch.kv_lens) >= wide,
+        functools.partial(walk, wide),
+        functools.partial(walk, wide // 4),
+        o,
+        lse,
+    )
 
 
 def _attend_fwd(
@@ -139,7 +156,7 @@ def _attend_bwd(residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tu
     known = q, k_pages, v_pages, lse, do, delta
     # Accumulated in f32, and as large as the pools: a page may be shared by many rows.
     grads = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), q) for x in (q, k_pages, v_pages))
-    if batch.max_q_len <= batch.config.short_q:
+    if batch.short(q.shape[0]):
         grads = _rows_backward(known, grads, batch, batch.q_lens > 0, batch.max_q_len)
     else:
         single = batch.q_lens == 1
@@ -209,13 +226,14 @@ def _tiles_forward(
     k_pages: jax.Array,
     v_pages: jax.Array,
     batch: Batch,
+    block_kv: int,
     o: jax.Array,
     lse: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Fills in `o` and `lse` for the rows of two or more queries, tile after tile."""
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, batch.config.block_kv)
+    options = _options(batch, k_pages, block_kv)
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         o, lse = carry
