@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, slot_mapping, token_rows
-from paxattn.shared_prefix import SharedPrefix, find_shared_prefix
+from paxattn.shared_prefix import SMALLEST_GROUP, SharedPrefix, find_shared_prefix
 from paxattn.tree import Tree, tree_arrays
 
 # Steps with more new tokens per row than this have work enough to pay for reading the pages.
@@ -42,7 +42,7 @@ class RaggedBatch:
         ancestors: u32[T], which of its row's new tokens each token sees, where they form a tree
             (see `attention.paged_attention`); None: those before it.
         shared: what rows have in common, for `attention.paged_attention` to read once; None in a
-            step of long rows.
+            step of long rows or of very few.
     """
 
     block_tables: jax.Array
@@ -100,7 +100,7 @@ def ragged_batch(
     if tree is not None:
         masks, depths = tree_arrays(tree)
         ancestors, offsets = masks[offsets], depths[offsets]
-    if max_q_len <= _SHORT and kv_lens.size > 1:
+    if max_q_len <= _SHORT and kv_lens.size >= SMALLEST_GROUP:
         shared = find_shared_prefix(
             table.block_tables,
             kv_lens,

@@ -24,7 +24,7 @@ from jax import lax
 from paxattn.page_table.pages import pages_for, running_sum, varying_like
 
 # Fewer rows read their pages faster on their own than together in a tile for many queries.
-_SMALLEST_GROUP = 4
+SMALLEST_GROUP = 4
 # Reading a page once more costs less than it takes to merge: share what saves a quarter.
 _WORTHWHILE = 4
 
@@ -137,7 +137,7 @@ def _group(
     size = jnp.sum(together, axis=1)
     most = jnp.iinfo(jnp.int32).max
     pages = jnp.min(jnp.where(together & ~begins, common, most), axis=1)
-    pages = jnp.where(live & (size >= _SMALLEST_GROUP), pages, 0)
+    pages = jnp.where(live & (size >= SMALLEST_GROUP), pages, 0)
     return group, begins, pages, jnp.sum(jnp.where(begins, 0, pages))
 
 

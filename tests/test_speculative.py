@@ -9,8 +9,8 @@ from test_generate import CONFIG, MODEL, PROMPTS, SAMPLING, SHAPE, V, tokens_of,
 
 from paxattn import DraftModel, NGram, generate, page_table, stream
 from paxattn.models import Decoder
-from paxattn.sampling import SamplingParams
 from paxattn.ngram import propose_ngram
+from paxattn.sampling import SamplingParams
 
 DRAFT = Decoder(CONFIG, rngs=nnx.Rngs(1))
 

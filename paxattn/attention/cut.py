@@ -24,8 +24,7 @@ class Config:
             to whole pages (at least one), like `block_kv`.
         block_q: queries per tile of a long row.
         block_kv: tokens read in one loop step for such a tile.
-        wide_block_kv: same, where tiles are not causal and the longest row has as many tokens;
-            where it has less, a quarter of it.
+        wide_block_kv: same, for tiles that are not causal.
     """
 
     short_q: int = 8
@@ -41,8 +40,7 @@ def default_config(
     """Chooses block sizes: a block of all rows' keys should stay in a core's cache (1 MiB).
 
     Smaller blocks pay XLA's few microseconds per operation too often, larger ones go to memory
-    and back. Wide blocks are for few queries that see much (a prefix that rows share): they give
-    XLA enough to do at a time for two threads.
+    and back. Wide blocks are for few queries that see much (a prefix that rows share).
 
     Args:
         num_rows: R.
@@ -56,7 +54,7 @@ def default_config(
     """
     tokens = 2**20 // (4 * num_rows * num_kv_heads * head_dim)
     wide = 2**19 // (num_q_heads * min(max_q_len, Config.block_q))
-    return Config(short_block_kv=min(max(tokens, 64), 512), wide_block_kv=min(max(wide, 512), 2048))
+    return Config(short_block_kv=min(max(tokens, 64), 512), wide_block_kv=min(max(wide, 128), 512))
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +88,11 @@ class Batch:
     def q_lens(self) -> jax.Array:
         """i32[R], new tokens per row."""
         return self.cu_q_lens[1:] - self.cu_q_lens[:-1]
+
+    @property
+    def tile_block_kv(self) -> int:
+        """Tokens read in one loop step for a tile of a long row."""
+        return self.config.block_kv if self.masking.causal else self.config.wide_block_kv
 
     def short(self, num_tokens: int) -> bool:
         """Whether a tile per row serves: with few queries each, that fill a good part of them."""
@@ -161,7 +164,7 @@ def put_rows(into: jax.Array, tiled: jax.Array, batch: Batch, chosen: jax.Array)
 
 
 def count_tiles(batch: Batch, num_tokens: int) -> tuple[int, jax.Array]:
-    """Cuts the rows with two or more queries into tiles.
+    """Cuts rows into tiles: those with two or more queries, or if not causal all.
 
     Args:
         batch: the batch.
@@ -171,7 +174,7 @@ def count_tiles(batch: Batch, num_tokens: int) -> tuple[int, jax.Array]:
         C, and the running count of tiles over rows, i32[R].
     """
     block_q = min(batch.config.block_q, batch.max_q_len, num_tokens)
-    some = (batch.q_lens > 1) & (batch.kv_lens > 0)
+    some = (batch.q_lens > int(batch.masking.causal)) & (batch.kv_lens > 0)
     count = jnp.where(some, (batch.q_lens + block_q - 1) // block_q, 0)
     return block_q, jnp.cumsum(count)
 

@@ -118,7 +118,9 @@ def _attend(
     lse = varying_like(jnp.full(q.shape[:2], -jnp.inf, jnp.float32), q)
     if batch.short(q.shape[0]):
         return _rows_forward(q, k_pages, v_pages, batch, batch.q_lens > 0, batch.max_q_len, o, lse)
-    single = (batch.q_lens == 1) & (batch.kv_lens > 0)
+    if not batch.masking.causal:  # prefixes that rows share: hardly ever a single query
+        return _tiles_forward(q, k_pages, v_pages, batch, o, lse)
+    single = batch.q_lens == 1
     o, lse = lax.cond(
         single.any(),
         lambda o, lse: _rows_forward(q, k_pages, v_pages, batch, single, 1, o, lse),
@@ -126,17 +128,7 @@ def _attend(
         o,
         lse,
     )
-    walk = functools.partial(_tiles_forward, q, k_pages, v_pages, batch)
-    if batch.masking.causal:
-        return walk(batch.config.block_kv, o, lse)
-    wide = batch.config.wide_block_kv
-    return lax.cond(
-        jnp.max(batch.kv_lens) >= wide,
-        functools.partial(walk, wide),
-        functools.partial(walk, wide // 4),
-        o,
-        lse,
-    )
+    return _tiles_forward(q, k_pages, v_pages, batch, o, lse)
 
 
 def _attend_fwd(
@@ -160,12 +152,13 @@ def _attend_bwd(residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tu
         grads = _rows_backward(known, grads, batch, batch.q_lens > 0, batch.max_q_len)
     else:
         single = batch.q_lens == 1
-        grads = lax.cond(
-            single.any(),
-            lambda grads: _rows_backward(known, grads, batch, single, 1),
-            lambda grads: grads,
-            grads,
-        )
+        if batch.masking.causal:
+            grads = lax.cond(
+                single.any(),
+                lambda grads: _rows_backward(known, grads, batch, single, 1),
+                lambda grads: grads,
+                grads,
+            )
         grads = _tiles_backward(known, grads, batch)
     dq, dk, dv = grads
     return dq, dk.astype(k_pages.dtype), dv.astype(v_pages.dtype), None
@@ -226,14 +219,13 @@ def _tiles_forward(
     k_pages: jax.Array,
     v_pages: jax.Array,
     batch: Batch,
-    block_kv: int,
     o: jax.Array,
     lse: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Fills in `o` and `lse` for the rows of two or more queries, tile after tile."""
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, block_kv)
+    options = _options(batch, k_pages, batch.tile_block_kv)
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         o, lse = carry
@@ -253,7 +245,7 @@ def _tiles_backward(known: tuple, grads: tuple, batch: Batch) -> tuple:
     q, k_pages, v_pages, lse, do, delta = known
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, batch.config.block_kv)
+    options = _options(batch, k_pages, batch.tile_block_kv)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         dq, dk, dv = carry
