@@ -105,6 +105,13 @@ def test_samples_of_several_prompts_under_one_system_prompt():
     assert np.asarray(shared.group_kv_lens)[:2].tolist() == [56, 0]
 
 
+def test_a_group_must_fill_a_quarter_of_the_batch():
+    case = dataclasses.replace(CASE, q_lens=(1,) * 40, kv_lens=(60,) * 40)
+    for size, pays in ((8, False), (10, True)):
+        groups = tuple((7, tuple(range(i, i + size))) for i in range(0, 40, size))
+        assert bool(found(shared_case(case, groups)).pays) == pays
+
+
 @pytest.mark.parametrize(
     "options",
     [
