@@ -115,9 +115,9 @@ def test_a_group_must_fill_a_quarter_of_the_batch():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"sinks": True, "soft_cap": 2.0, "layers": 2},
-        {"dtype": "bfloat16"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -116,14 +116,15 @@ def test_streaming_is_the_same():
     assert got == tokens_of(generate(MODEL, PROMPTS, **SHAPE))
 
 
-def test_speculation_samples_from_the_target(monkeypatch):
+@pytest.mark.parametrize("branches", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_speculation_samples_from_the_target(branches):
     """Chi-square of the second token, given the first, against the model's own probabilities."""
     small = Decoder(CONFIG.__class__(**{**vars(CONFIG), "vocab_size": 7}), rngs=nnx.Rngs(2))
     other = Decoder(small.config, rngs=nnx.Rngs(3))
     count = 512
     sampling = [SamplingParams(temperature=1.5, seed=seed) for seed in range(count)]
     options = {"page_size": 4, "max_new_tokens": 3}
-    draft = DraftModel(model=other, num_tokens=2)
+    draft = DraftModel(model=other, num_tokens=2, branches=branches)
     out = generate(small, [[1, 2, 3]] * count, sampling=sampling, draft=draft, **options)
     assert 0.1 < out.stats.accepted / out.stats.drafted < 0.95
     tokens = np.array(tokens_of(out))
