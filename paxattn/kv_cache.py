@@ -198,6 +198,32 @@ def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
     return KVCache(k_pages=k_pages, v_pages=v_pages)
 
 
+def move_slots(cache: KVCache, src: ArrayLike, dst: ArrayLike) -> KVCache:
+    """Copy tokens from slot to slot in all layers, as if all at once.
+
+    What is kept of a tree of guesses moves to the slots that follow the row's earlier tokens.
+
+    Args:
+        cache: the cache; donate it to the enclosing jit to have it changed in place.
+        src: i32[K], slots to read. They may be among those written: what was there before moves.
+        dst: i32[K], slots to write, distinct; where one is out of range, nothing is written.
+
+    Raises:
+        ValueError: the numbers of slots differ, or they are not integers.
+    """
+    src = as_integers("src", src, None)
+    dst = as_integers("dst", dst, src.shape)
+    size, num_pages = cache.page_size, cache.num_pages
+    outside = num_pages + jnp.arange(dst.size, dtype=jnp.int32)
+    to = jnp.where((dst >= 0) & (dst // size < num_pages), dst // size, outside)
+
+    def move(pool: jax.Array) -> jax.Array:
+        tokens = pool.at[:, src // size, :, src % size].get(mode="clip")
+        return pool.at[:, to, :, dst % size].set(tokens, mode="drop", unique_indices=True)
+
+    return KVCache(k_pages=move(cache.k_pages), v_pages=move(cache.v_pages))
+
+
 def scrub(cache: KVCache, pages: ArrayLike, start: ArrayLike, stop: ArrayLike) -> KVCache:
     """Zero the pages ``pages[start:stop]`` in all layers.
 

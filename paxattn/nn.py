@@ -63,6 +63,8 @@ def attend(
         cu_q_lens=batch.cu_q_lens,
         layer=layer,
         max_q_len=batch.max_q_len,
+        ancestors=batch.ancestors,
+        shared=batch.shared,
         **options,
     )
     return out, cache
@@ -93,6 +95,7 @@ def schedule_attention(
         cu_q_lens=batch.cu_q_lens,
         layer=0,
         max_q_len=batch.max_q_len,
+        ancestors=batch.ancestors,
         **options,
     )
 

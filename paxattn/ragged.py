@@ -14,6 +14,11 @@ import jax.numpy as jnp
 
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, slot_mapping, token_rows
+from paxattn.shared_prefix import SMALLEST_GROUP, SharedPrefix, find_shared_prefix
+from paxattn.tree import Tree, tree_arrays
+
+# Steps with more new tokens per row than this have work enough to pay for reading the pages.
+_SHORT = 32
 
 
 @jax.tree_util.register_dataclass
@@ -27,12 +32,17 @@ class RaggedBatch:
         cu_q_lens: i32[R + 1], prefix sum of the rows' new tokens: row ``r`` owns the packed tokens
             ``cu_q_lens[r]:cu_q_lens[r + 1]``; tokens from ``cu_q_lens[R]`` on are padding.
         rows: i32[T], the row of each token (R, out of range, for padding).
-        positions: i32[T], the place of each token in its sequence (0 for padding).
+        positions: i32[T], the place of each token in its sequence (0 for padding); in a tree of
+            guesses, by depth: siblings stand in the same place.
         slots: i32[T], where each token's K and V are written; out of range for tokens that are not
             stored.
         max_q_len: static upper bound of a row's new tokens; 1 means a decode step.
         num_pages: static, the table's pages.
         page_size: static, its tokens per page.
+        ancestors: u32[T], which of its row's new tokens each token sees, where they form a tree
+            (see `attention.paged_attention`); None: those before it.
+        shared: what rows have in common, for `attention.paged_attention` to read once; None in a
+            step of long rows or of very few.
     """
 
     block_tables: jax.Array
@@ -44,6 +54,8 @@ class RaggedBatch:
     max_q_len: int = field(metadata={"static": True})
     num_pages: int = field(metadata={"static": True})
     page_size: int = field(metadata={"static": True})
+    ancestors: jax.Array | None = None
+    shared: SharedPrefix | None = None
 
 
 def ragged_batch(
@@ -53,6 +65,7 @@ def ragged_batch(
     num_tokens: int,
     max_q_len: int | None = None,
     live: jax.Array | None = None,
+    tree: Tree | None = None,
 ) -> RaggedBatch:
     """Describe a step that adds ``q_lens[r]`` tokens to row ``r``.
 
@@ -65,6 +78,7 @@ def ragged_batch(
         max_q_len: static upper bound of ``q_lens``; ``num_tokens`` by default.
         live: bool[R], rows whose tokens are stored, such as those for which `page_table.reserve`
             found room; all by default. Tokens of the others are computed, and mean nothing.
+        tree: static; a row's new tokens are the first so many nodes of this tree. None: a chain.
 
     Raises:
         ValueError: ``max_q_len`` is not in ``1..num_tokens``.
@@ -80,13 +94,30 @@ def ragged_batch(
         outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=slots.dtype)
         slots = jnp.where(live[rows], slots, outside)
     first = jnp.zeros_like(q_lens, shape=(1,))
+    cu_q_lens = jnp.concatenate([first, jnp.cumsum(q_lens, dtype=q_lens.dtype)])
+    kv_lens = table.kv_lens + stored
+    ancestors, shared = None, None
+    if tree is not None:
+        masks, depths = tree_arrays(tree)
+        ancestors, offsets = masks[offsets], depths[offsets]
+    if max_q_len <= _SHORT and kv_lens.size >= SMALLEST_GROUP:
+        shared = find_shared_prefix(
+            table.block_tables,
+            kv_lens,
+            cu_q_lens,
+            num_tokens=num_tokens,
+            page_size=table.page_size,
+            num_pages=table.num_pages,
+        )
     return RaggedBatch(
         block_tables=table.block_tables,
-        kv_lens=table.kv_lens + stored,
-        cu_q_lens=jnp.concatenate([first, jnp.cumsum(q_lens, dtype=q_lens.dtype)]),
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
         rows=rows,
         positions=jnp.where(active, table.kv_lens[rows] + offsets, 0),
         slots=slots,
+        ancestors=ancestors,
+        shared=shared,
         max_q_len=max_q_len,
         num_pages=table.num_pages,
         page_size=table.page_size,

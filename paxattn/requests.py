@@ -16,6 +16,7 @@ from paxattn.pool import Pool
 from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
 from paxattn.speculative import Drafter, DraftModel, NGram
 from paxattn.step import PackedPrompts
+from paxattn.tree import MOST_NODES
 
 Prompt = str | Sequence[int]
 
@@ -247,7 +248,10 @@ def prepare_requests(
     total = bucket(sum(map(len, ids)), 16)
     capacity = bucket(max(new, default=0), 16)
     longest = bucket(max(map(len, ids), default=0), 16) + capacity
-    enough = total // page_size + num_prompts + num_rows * (capacity // page_size + 2)
+    # A tree lies in the pages for a moment, beyond what will be kept of it.
+    beside = 0 if draft is None else draft.num_tokens * (draft.branches - 1)
+    longest += beside
+    enough = total // page_size + num_prompts + num_rows * ((capacity + beside) // page_size + 2)
     sizes = Sizes(
         group=num_samples,
         page_size=page_size,
@@ -323,7 +327,7 @@ def _check_draft(draft: Any, vocab_size: int) -> None:
         return
     if not isinstance(draft, NGram | DraftModel):
         raise TypeError(f"{draft=} must be an NGram or a DraftModel")
-    numbers = {"num_tokens": draft.num_tokens}
+    numbers = {"num_tokens": draft.num_tokens, "branches": draft.branches}
     if isinstance(draft, NGram):
         numbers["longest"] = draft.longest
     elif draft.model.config.vocab_size != vocab_size:
@@ -334,3 +338,10 @@ def _check_draft(draft: Any, vocab_size: int) -> None:
     for name, value in numbers.items():
         if integer(f"draft.{name}", value) < 1:
             raise ValueError(f"draft.{name}={value} must be at least 1")
+    if draft.branches > 1 and 1 + draft.num_tokens * draft.branches > MOST_NODES:
+        raise ValueError(
+            f"draft.num_tokens={draft.num_tokens} with draft.branches={draft.branches} must be at "
+            f"most {MOST_NODES - 1} guesses together: lower one of them"
+        )
+    if draft.branches > vocab_size:
+        raise ValueError(f"draft.branches={draft.branches} must be at most {vocab_size=}")

@@ -196,6 +196,50 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) 
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
 
+def _processed(
+    logits: jax.Array,
+    params: RowSampling,
+    num_generated: jax.Array,
+    seen: jax.Array | None,
+    logits_processor: LogitsProcessor | None,
+) -> jax.Array:
+    """What comes before temperature: the processor hook and the repetition penalty."""
+    chosen = logits if logits_processor is None else logits_processor(logits, num_generated)
+    if seen is None:
+        return chosen
+    return lax.cond(
+        jnp.any(params.repetition_penalty != 1.0),
+        penalize_repetition,
+        lambda chosen, *_: chosen,
+        chosen,
+        seen,
+        params.repetition_penalty,
+    )
+
+
+def _perturb(chosen: jax.Array, params: RowSampling, num_generated: jax.Array) -> jax.Array:
+    """Temperature, filters and Gumbel noise: the largest of f32[R, V] is the sample.
+
+    Rows of temperature 0 come out as they are.
+    """
+    greedy = params.temperature == 0.0
+    # Below the maximum, so that what overflows is what has no chance (and inf - inf is NaN).
+    finite = jnp.minimum(chosen, _LIMITS.max)
+    below = finite - jnp.maximum(jnp.max(finite, axis=-1, keepdims=True), _LIMITS.min)
+    scaled = below / jnp.where(greedy, 1.0, params.temperature)[:, None]
+    filtered = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
+    scaled = lax.cond(
+        jnp.any(filtered & ~greedy), lambda x: _filter(x, params), lambda x: x, scaled
+    )
+
+    def noise(seed: jax.Array, index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.gumbel(key, chosen.shape[1:], jnp.float32)
+
+    gumbel = jax.vmap(noise)(params.seed, num_generated)
+    return jnp.where(greedy[:, None], chosen, scaled + gumbel)
+
+
 def sample(
     logits: jax.Array,
     params: RowSampling,
@@ -220,37 +264,47 @@ def sample(
         ``(tokens i32[R], logprobs f32[R])``; a logprob is the chosen token's under the model's own
         distribution (``log_softmax`` of the unprocessed logits).
     """
-    chosen = logits if logits_processor is None else logits_processor(logits, num_generated)
-    if seen is not None:
-        chosen = lax.cond(
-            jnp.any(params.repetition_penalty != 1.0),
-            penalize_repetition,
-            lambda chosen, *_: chosen,
-            chosen,
-            seen,
-            params.repetition_penalty,
-        )
+    chosen = _processed(logits, params, num_generated, seen, logits_processor)
 
     def draw(chosen: jax.Array) -> jax.Array:
-        greedy = params.temperature == 0.0
-        # Below the maximum, so that what overflows is what has no chance (and inf - inf is NaN).
-        finite = jnp.minimum(chosen, _LIMITS.max)
-        below = finite - jnp.maximum(jnp.max(finite, axis=-1, keepdims=True), _LIMITS.min)
-        scaled = below / jnp.where(greedy, 1.0, params.temperature)[:, None]
-        filtered = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
-        scaled = lax.cond(
-            jnp.any(filtered & ~greedy), lambda x: _filter(x, params), lambda x: x, scaled
-        )
-
-        def noise(seed: jax.Array, index: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed), index)
-            return jax.random.gumbel(key, chosen.shape[1:], jnp.float32)
-
-        gumbel = jax.vmap(noise)(params.seed, num_generated)
-        return jnp.argmax(jnp.where(greedy[:, None], chosen, scaled + gumbel), axis=-1)
+        return jnp.argmax(_perturb(chosen, params, num_generated), axis=-1)
 
     tokens = lax.cond(
         jnp.any(params.temperature > 0.0), draw, lambda x: jnp.argmax(x, axis=-1), chosen
     ).astype(jnp.int32)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)
     return tokens, logprobs[:, 0]
+
+
+def runners_up(
+    logits: jax.Array,
+    params: RowSampling,
+    num_generated: jax.Array,
+    seen: jax.Array | None = None,
+    logits_processor: LogitsProcessor | None = None,
+    *,
+    count: int,
+) -> jax.Array:
+    """The token that `sample` chooses and those that it would choose in its stead, in order.
+
+    With the same noise: what a drafter guesses first, second and so on.
+
+    Args:
+        logits: as for `sample`, like what follows.
+        params: same.
+        num_generated: same.
+        seen: same.
+        logits_processor: same.
+        count: how many tokens, at most V.
+
+    Returns:
+        Distinct tokens i32[R, count].
+    """
+    chosen = _processed(logits, params, num_generated, seen, logits_processor)
+    chosen = lax.cond(
+        jnp.any(params.temperature > 0.0),
+        lambda x: _perturb(x, params, num_generated),
+        lambda x: x,
+        chosen,
+    )
+    return lax.top_k(chosen, count)[1]

@@ -12,10 +12,16 @@ seed means the same with and without speculation. For a drafter without randomne
 chance of acceptance is the same, ``p(guess)``; for a sampled one it is at least ``(1 - d) / (1 +
 d)``, with d the total variation distance of the two distributions, of at most ``1 - d``.
 
+Guesses may branch: a *tree* of several continuations is one ragged step too, in which a token
+attends to its ancestors among the guesses (`tree`). Where the target's choice is among a node's
+children, the walk goes on from there; the tokens on its path move to the slots that follow the
+row's (`kv_cache.move_slots`), and the rest is given back.
+
 A matrix product of k + 1 tokens may round otherwise than one of a single token: where the two best
 candidates differ by less than about 1e-4, speculation may choose the other one.
 
-Shapes: R rows, k guesses, H tokens that a row can hold, V vocabulary.
+Shapes: R rows, k guesses one after the other, b in the place of each, n = 1 + k * b nodes of the
+tree, H tokens that a row can hold, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,28 +34,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn import page_table
+from paxattn import kv_cache, page_table
 from paxattn.decode_step import DecodeState, Status, record
-from paxattn.pool import Pool, make_room, with_table
-from paxattn.sampling import LogitsProcessor, RowSampling, sample
+from paxattn.ngram import NGram, propose_ngram
+from paxattn.page_table.pages import read_entries
+from paxattn.pool import Pool, make_room, note_tokens, with_table
+from paxattn.sampling import LogitsProcessor, RowSampling, runners_up, sample
 from paxattn.step import LanguageModel, ragged_step
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class NGram:
-    """Guesses that what followed the latest tokens before will follow them again.
-
-    Prompt lookup (Saxena, 2023): no model, no memory; good for text that repeats itself, such as
-    edits of code.
-
-    Attributes:
-        num_tokens: k, guesses per step.
-        longest: most tokens compared; of the places where as many as possible agree, the latest.
-    """
-
-    num_tokens: int = field(default=4, metadata={"static": True})
-    longest: int = field(default=3, metadata={"static": True})
+from paxattn.tree import Tree, spine, walk
 
 
 @jax.tree_util.register_dataclass
@@ -59,11 +51,19 @@ class DraftModel:
 
     Attributes:
         model: see `step.LanguageModel`.
-        num_tokens: k, guesses per step.
+        num_tokens: k, guesses per step, one after the other.
+        branches: guesses in the place of each: the model goes on from its first choice, and those
+            that it would choose next are checked beside it, in the same step.
     """
 
     model: Any
     num_tokens: int = field(default=4, metadata={"static": True})
+    branches: int = field(default=1, metadata={"static": True})
+
+    @property
+    def tree(self) -> Tree:
+        """How the guesses hang together."""
+        return spine(self.num_tokens, self.branches)
 
 
 Drafter = NGram | DraftModel
@@ -79,7 +79,8 @@ class SpeculativeState:
         history: i32[R, H], each row's tokens, prompt included; ``kv_lens + 1`` of them are valid.
         pool: the draft model's own (None for `NGram`).
         drafted: i32[], guesses made.
-        accepted: i32[], guesses kept; ``accepted / drafted`` is the acceptance rate.
+        accepted: i32[], guesses kept; ``accepted / drafted`` is the acceptance rate (of b guesses
+            in one place at most one can be kept).
     """
 
     decode: DecodeState
@@ -87,35 +88,6 @@ class SpeculativeState:
     pool: Pool | None
     drafted: jax.Array
     accepted: jax.Array
-
-
-def propose_ngram(
-    history: jax.Array, lens: jax.Array, *, num_tokens: int, longest: int
-) -> tuple[jax.Array, jax.Array]:
-    """Look the latest tokens up in what came before.
-
-    Args:
-        history: i32[R, H].
-        lens: i32[R], valid tokens.
-        num_tokens: k.
-        longest: most tokens to compare.
-
-    Returns:
-        Guesses i32[R, k], and how many of them there are, i32[R].
-    """
-    size = history.shape[1]
-    end = jnp.arange(1, size + 1)  # one past the last of the tokens compared
-    agree = jnp.broadcast_to(end < lens[:, None], history.shape)
-    best = jnp.zeros_like(lens)
-    for back in range(longest):
-        latest = jnp.take_along_axis(history, jnp.maximum(lens - 1 - back, 0)[:, None], axis=1)
-        shifted = jnp.pad(history, ((0, 0), (back, 0)), constant_values=-1)[:, :size]
-        agree &= shifted == latest
-        found = jnp.max(jnp.where(agree, end, 0), axis=1).astype(lens.dtype)
-        best = jnp.where(found > 0, found, best)
-    index = jnp.minimum(best[:, None] + jnp.arange(num_tokens), size - 1)
-    count = jnp.where(best > 0, jnp.minimum(lens - best, num_tokens), 0)
-    return jnp.take_along_axis(history, index, axis=1), count
 
 
 def _propose_model(
@@ -128,53 +100,98 @@ def _propose_model(
 ) -> tuple[SpeculativeState, jax.Array, jax.Array]:
     """Run the draft model for up to ``limit[R]`` guesses, and once more to store the last one.
 
-    A row whose draft pages have fallen behind (none was free) gets no guesses any more.
+    Its cache lacks a token after a leaf was kept: such a row stores it first, and its last guess
+    not. A row that has fallen behind further (no page was free) gets no guesses any more.
+
+    Returns:
+        The state, guesses i32[R, k, b], and how many of the k there are, i32[R].
     """
+    k, branches = drafter.num_tokens, drafter.branches
     decode = state.decode
     if state.pool is None:
         raise ValueError("a DraftModel needs a pool of its own in the state")
-    live &= state.pool.table.kv_lens == decode.pool.table.kv_lens
-    limit = jnp.where(live, limit, -1)
+    held = state.pool.table.kv_lens
+    behind = decode.pool.table.kv_lens - held
+    live &= (behind >= 0) & (behind <= 1)
+    behind, limit = jnp.where(live, behind, 0), jnp.where(live, limit, -1)
+    missing = jnp.take_along_axis(state.history, held[:, None], axis=1)[:, 0]
 
     def step(carry: tuple, i: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         pool, token, seen, fine = carry
         pool, hidden, ok = ragged_step(
             drafter.model, pool, token, jnp.ones_like(token),
-            live=fine & (i <= limit), max_q_len=1, scrub=scrub,
+            live=fine & (i <= limit + behind), max_q_len=1, scrub=scrub,
         )  # fmt: skip
         seen = seen.at[jnp.arange(token.size), token].set(True)
-        token, _ = sample(
-            drafter.model.logits(hidden), decode.sampling, decode.num_generated + i, seen,
-            logits_processor,
+        asked = (
+            drafter.model.logits(hidden), decode.sampling,
+            decode.num_generated + jnp.maximum(i - behind, 0), seen, logits_processor,
         )  # fmt: skip
-        return (pool, token, seen, fine & ok), (token, fine & ok)
+        tokens = runners_up(*asked, count=branches) if branches > 1 else sample(*asked)[0][:, None]
+        token = jnp.where(i < behind, decode.last_token, tokens[:, 0])
+        return (pool, token, seen, fine & ok), (tokens, fine & ok)
 
-    carry = (state.pool, decode.last_token, decode.seen, live)
-    carry, (guesses, fine) = lax.scan(step, carry, jnp.arange(drafter.num_tokens + 1))
-    # A guess counts if every feed up to the one that stores it went well.
-    stored = jnp.sum(fine[1:], axis=0, dtype=jnp.int32)
+    first = jnp.where(behind > 0, missing, decode.last_token)
+    carry = (state.pool, first, decode.seen, live)
+    carry, (tokens, fine) = lax.scan(step, carry, jnp.arange(k + 1))
     state = dataclasses.replace(state, pool=carry[0])
-    return state, guesses[:-1].T, jnp.clip(jnp.minimum(stored, limit), 0)
+    guesses = tokens[behind[:, None] + jnp.arange(k), jnp.arange(live.size)[:, None]]
+    count = jnp.sum(fine, axis=0, dtype=jnp.int32) - behind
+    return state, guesses, jnp.maximum(jnp.minimum(count, limit), 0)
 
 
 def _choose(
     model: LanguageModel,
     decode: DecodeState,
     hidden: jax.Array,
+    tree: Tree,
     candidates: jax.Array,
     rows: jax.Array,
     offsets: jax.Array,
     logits_processor: LogitsProcessor | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What plain decoding would choose after each packed token: tokens i32[T], logprobs f32[T]."""
-    # The repetition penalty after a guess counts it and those before it.
-    upto = jnp.arange(candidates.shape[1]) <= offsets[:, None]
+    # The repetition penalty after a guess counts it and its ancestors.
+    upto = jnp.asarray(tree.is_ancestor())[offsets] & (candidates[rows] >= 0)
     at = jnp.where(upto, candidates[rows], decode.seen.shape[1])
+    index = decode.num_generated[rows] + jnp.asarray(tree.depths())[offsets]
     seen = decode.seen[rows].at[jnp.arange(rows.size)[:, None], at].set(True, mode="drop")
     sampling: RowSampling = jax.tree.map(lambda x: x[rows], decode.sampling)
-    return sample(
-        model.logits(hidden), sampling, decode.num_generated[rows] + offsets, seen, logits_processor
+    return sample(model.logits(hidden), sampling, index, seen, logits_processor)
+
+
+def _compact(
+    pool: Pool, lens: jax.Array, path: jax.Array, gained: jax.Array, tokens: jax.Array
+) -> Pool:
+    """Move the nodes passed to the slots after the rows' first ``lens`` tokens.
+
+    Args:
+        pool: holds the whole trees, in pages of the rows' own.
+        lens: i32[R].
+        path: i32[R, k + 1], nodes; none is before its place in the path.
+        gained: i32[R], how many of them to keep.
+        tokens: i32[R, k + 1], theirs.
+    """
+    table = pool.table
+    size = table.page_size
+    place = jnp.arange(path.shape[1], dtype=jnp.int32)
+
+    def slots(positions: jax.Array) -> jax.Array:
+        pages = read_entries(table, jnp.arange(lens.size)[:, None], positions // size)
+        return pages * size + positions % size
+
+    moves = (place < gained[:, None]) & (path != place)
+    src, dst = slots(lens[:, None] + path), slots(lens[:, None] + place)
+    dst = jnp.where(moves, dst, table.num_pages * size).ravel()
+    cache = lax.cond(
+        jnp.any(moves),
+        kv_cache.move_slots,
+        lambda cache, *_: cache,
+        pool.cache,
+        src.ravel(),
+        dst,
     )
+    return note_tokens(dataclasses.replace(pool, cache=cache), dst, tokens.ravel())
 
 
 def speculative_step(
@@ -197,38 +214,48 @@ def speculative_step(
         logits_processor: see `sampling.sample`.
         scrub: see `decode_step.decode_step`.
     """
-    k = drafter.num_tokens
+    k, branches, tree = drafter.num_tokens, drafter.branches, drafter.tree
+    num_nodes = 1 + k * branches
     decode = state.decode
     live = decode.status == Status.RUNNING
     lens = decode.pool.table.kv_lens
     limit = jnp.minimum(k, decode.max_new_tokens - decode.num_generated - 1)
     if isinstance(drafter, NGram):
         guesses, count = propose_ngram(
-            state.history, lens + 1, num_tokens=k, longest=drafter.longest
+            state.history, lens + 1, num_tokens=k, longest=drafter.longest, branches=branches
         )
         count = jnp.minimum(count, limit)
     else:
         state, guesses, count = _propose_model(drafter, state, live, limit, logits_processor, scrub)
 
-    wanted = jnp.where(live, count + 1, 0)
-    pool, ok = make_room(decode.pool, wanted, max_new_tokens=k + 1, scrub=scrub)
+    wanted = jnp.where(live, count * branches + 1, 0)
+    pool, ok = make_room(decode.pool, wanted, max_new_tokens=num_nodes, scrub=scrub)
     count = jnp.where(live & ok, count, 0)
-    q_lens = jnp.where(live, count + 1, 0)
-    num_tokens = lens.size * (k + 1)
+    q_lens = jnp.where(live, count * branches + 1, 0)
+    num_tokens = lens.size * num_nodes
     rows, offsets, active = page_table.token_rows(q_lens, num_tokens)
+    guesses = guesses.reshape(lens.size, -1)
     candidates = jnp.concatenate([decode.last_token[:, None], guesses], axis=1)
-    tokens = jnp.where(active, candidates[rows, offsets], 0)
+    tokens = jnp.where(active, jnp.maximum(candidates[rows, offsets], 0), 0)
     pool, hidden, ok = ragged_step(
-        model, pool, tokens, q_lens, live=live, max_q_len=k + 1, scrub=scrub
+        model, pool, tokens, q_lens, live=live, max_q_len=num_nodes,
+        tree=tree if branches > 1 else None, scrub=scrub,
+    )  # fmt: skip
+    token, logprob = _choose(
+        model, decode, hidden, tree, candidates, rows, offsets, logits_processor
     )
-    token, logprob = _choose(model, decode, hidden, candidates, rows, offsets, logits_processor)
     place = (jnp.where(active, rows, lens.size), offsets)
     chosen = jnp.zeros_like(candidates).at[place].set(token, mode="drop")
     logprobs = jnp.zeros(candidates.shape, jnp.float32).at[place].set(logprob, mode="drop")
 
-    right = (guesses == chosen[:, :-1]) & (jnp.arange(k) < count[:, None])
-    kept = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
+    path, kept = walk(tree, candidates, chosen, count, branches)
     gained = jnp.where(live & ok, kept + 1, 0)
+    tested = (guesses >= 0) & (jnp.arange(k * branches) < (count * branches)[:, None])
+    candidates, chosen, logprobs = (
+        jnp.take_along_axis(x, path, axis=1) for x in (candidates, chosen, logprobs)
+    )
+    if branches > 1:
+        pool = _compact(pool, lens, path, gained, candidates)
     table, _ = page_table.truncate(pool.table, jnp.where(live & ok, lens + gained, -1))
     pool = with_table(pool, table, scrub=scrub)
     # What the cache now holds of each row: the newest token and the guesses kept.
@@ -248,14 +275,17 @@ def speculative_step(
     own = state.pool
     if own is not None:
         running = decode.status == Status.RUNNING
-        lens = jnp.where(running, jnp.minimum(lens + gained, own.table.kv_lens), 0)
+        # The draft model has stored its first choices only.
+        first = path[:, 1:] == 1 + jnp.arange(k) * branches
+        known = jnp.minimum(gained, 1 + jnp.sum(first, axis=1, dtype=jnp.int32))
+        lens = jnp.where(running, jnp.minimum(lens + known, own.table.kv_lens), 0)
         own = with_table(own, page_table.truncate(own.table, lens)[0], scrub=scrub)
     return dataclasses.replace(
         state,
         decode=decode,
         history=history,
         pool=own,
-        drafted=state.drafted + jnp.sum(jnp.where(live & ok, count, 0)),
+        drafted=state.drafted + jnp.sum(tested & (live & ok)[:, None]),
         accepted=state.accepted + jnp.sum(jnp.where(live & ok, kept, 0)),
     )
 

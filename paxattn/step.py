@@ -20,6 +20,7 @@ from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.pool import Pool, admit_rows, make_room, note_tokens, release_rows, with_table
 from paxattn.ragged import RaggedBatch, check_same_pool, ragged_batch
+from paxattn.tree import Tree
 
 
 class LanguageModel(Protocol):
@@ -112,6 +113,7 @@ def run_tokens(
     *,
     live: jax.Array,
     max_q_len: int,
+    tree: Tree | None = None,
 ) -> tuple[Pool, jax.Array]:
     """Write, attend and append, in room that `make_room` made: the second half of `ragged_step`.
 
@@ -122,6 +124,7 @@ def run_tokens(
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R], rows that have room; the tokens of others are computed but not stored.
         max_q_len: static upper bound of ``q_lens``.
+        tree: static, see `ragged.ragged_batch`.
 
     Returns:
         ``(pool, hidden [T, hidden_size])``.
@@ -131,7 +134,9 @@ def run_tokens(
     """
     table = pool.table
     check_same_pool(pool.cache, table)
-    batch = ragged_batch(table, q_lens, num_tokens=tokens.shape[0], max_q_len=max_q_len, live=live)
+    batch = ragged_batch(
+        table, q_lens, num_tokens=tokens.shape[0], max_q_len=max_q_len, live=live, tree=tree
+    )
     hidden, cache = model(tokens, batch, pool.cache)
     pool = note_tokens(pool, batch.slots, tokens)
     table, _ = page_table.append(table, jnp.where(live, q_lens, 0))
@@ -146,6 +151,7 @@ def ragged_step(
     *,
     live: jax.Array | None = None,
     max_q_len: int | None = None,
+    tree: Tree | None = None,
     scrub: bool = False,
 ) -> tuple[Pool, jax.Array, jax.Array]:
     """Run new tokens of several rows through the model: reserve, copy, write, attend, append.
@@ -157,6 +163,7 @@ def ragged_step(
         q_lens: i32[R], how many of them belong to each row.
         live: bool[R]; the tokens of other rows are computed but neither stored nor counted.
         max_q_len: static upper bound of ``q_lens``; T by default, 1 for a decode step.
+        tree: static, see `ragged.ragged_batch`.
         scrub: see `pool.make_room`.
 
     Returns:
@@ -170,7 +177,9 @@ def ragged_step(
     new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
     pool, ok = make_room(pool, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
     stored = ok if live is None else live & ok
-    pool, hidden = run_tokens(model, pool, tokens, q_lens, live=stored, max_q_len=max_q_len)
+    pool, hidden = run_tokens(
+        model, pool, tokens, q_lens, live=stored, max_q_len=max_q_len, tree=tree
+    )
     return pool, hidden, ok
 
 

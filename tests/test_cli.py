@@ -49,7 +49,7 @@ def test_generate_from_standard_input():
 def test_samples_speculation_and_beams(monkeypatch, capfd):
     shared = ("generate", "-n", "8", "-p", "import os")
     code, out, err = in_process(
-        *shared, "-t", "0.8", "--num-samples", "2", "--draft", "ngram",
+        *shared, "-t", "0.8", "--num-samples", "2", "--draft", "ngram", "--draft-branches", "2",
         monkeypatch=monkeypatch, capfd=capfd,
     )  # fmt: skip
     assert code == 0, err

@@ -115,6 +115,22 @@ def test_copy_pages_copies_the_first_count_in_all_layers():
     np.testing.assert_array_equal(out.v_pages, -expected)
 
 
+def test_move_slots_reads_before_it_writes():
+    rng = np.random.default_rng(2)
+    k = rng.normal(size=(L, N, H, P, D)).astype(np.float32)
+    cache = KVCache(k_pages=jnp.asarray(k), v_pages=jnp.asarray(-k))
+    src = np.array([3, 4, 9, 23, 5, 0])
+    dst = np.array([2, 3, 4, N * P, -1, N * P])  # a chain; the others go nowhere
+    out = jax.jit(kv_cache.move_slots)(cache, i32(src), i32(dst))
+    expected = np.moveaxis(k, 3, 2).reshape(L, N * P, H, D).copy()
+    expected[:, dst[:3]] = expected[:, src[:3]]
+    expected = np.moveaxis(expected.reshape(L, N, P, H, D), 2, 3)
+    np.testing.assert_array_equal(out.k_pages, expected)
+    np.testing.assert_array_equal(out.v_pages, -expected)
+    with pytest.raises(ValueError, match=r"dst has shape \(2,\), expected shape \(3,\)"):
+        kv_cache.move_slots(cache, i32([1, 2, 3]), i32([1, 2]))
+
+
 def test_scrub_zeroes_what_a_release_gave_back():
     table = page_table.init_page_table(num_pages=N, page_size=P, max_seqs=2, max_pages_per_seq=3)
     lens = jnp.array([5, 9], jnp.int32)

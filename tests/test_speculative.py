@@ -9,20 +9,21 @@ from test_generate import CONFIG, MODEL, PROMPTS, SAMPLING, SHAPE, TOKENIZER, V,
 
 from paxattn import DraftModel, NGram, generate, page_table, stream
 from paxattn.models import Decoder
+from paxattn.ngram import propose_ngram
 from paxattn.sampling import SamplingParams
-from paxattn.speculative import propose_ngram
 
 DRAFT = Decoder(CONFIG, rngs=nnx.Rngs(1))
 
 
-def plain_ngram(history, num_tokens, longest):
+def plain_ngram(history, num_tokens, longest, branches):
     """`propose_ngram` of one row, written down again in plain Python."""
+    found = {}  # by first token, in order of preference
     for size in range(longest, 0, -1):
         latest = history[len(history) - size :]
         for end in range(len(history) - 1, size - 1, -1):
             if len(latest) == size and history[end - size : end] == latest:
-                return history[end : end + num_tokens]
-    return []
+                found.setdefault(history[end], history[end : end + num_tokens])
+    return list(found.values())[:branches]
 
 
 def test_ngram_finds_the_latest_of_the_longest():
@@ -32,10 +33,14 @@ def test_ngram_finds_the_latest_of_the_longest():
     for row, tokens in zip(history, rows, strict=True):
         row[: len(tokens)] = tokens
     lens = jnp.array([len(tokens) for tokens in rows])
-    for k, longest in ((1, 1), (3, 2), (4, 3), (2, 9)):
-        guesses, count = propose_ngram(jnp.array(history), lens, num_tokens=k, longest=longest)
-        found = [g[:n].tolist() for g, n in zip(guesses, count, strict=True)]
-        assert found == [plain_ngram(tokens, k, longest) for tokens in rows]
+    for k, longest, branches in ((1, 1, 1), (3, 2, 2), (4, 3, 1), (2, 9, 4)):
+        guesses, count = propose_ngram(
+            jnp.array(history), lens, num_tokens=k, longest=longest, branches=branches
+        )
+        chains = np.moveaxis(np.asarray(guesses), 2, 1).tolist()
+        found = [[[t for t in chain if t >= 0] for chain in row if chain[0] >= 0] for row in chains]
+        assert found == [plain_ngram(tokens, k, longest, branches) for tokens in rows]
+        assert count.tolist() == [max(map(len, row), default=0) for row in found]
 
 
 DRAFTERS = [
@@ -122,14 +127,15 @@ def test_streaming_is_the_same():
     assert got == tokens_of(generate(MODEL, PROMPTS, **SHAPE))
 
 
-def test_speculation_samples_from_the_target(monkeypatch):
+@pytest.mark.parametrize("branches", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_speculation_samples_from_the_target(branches):
     """Chi-square of the second token, given the first, against the model's own probabilities."""
     small = Decoder(CONFIG.__class__(**{**vars(CONFIG), "vocab_size": 7}), rngs=nnx.Rngs(2))
     other = Decoder(small.config, rngs=nnx.Rngs(3))
     count = 512
     sampling = [SamplingParams(temperature=1.5, seed=seed) for seed in range(count)]
     options = {"page_size": 4, "max_new_tokens": 3}
-    draft = DraftModel(model=other, num_tokens=2)
+    draft = DraftModel(model=other, num_tokens=2, branches=branches)
     out = generate(small, [[1, 2, 3]] * count, sampling=sampling, draft=draft, **options)
     assert 0.1 < out.stats.accepted / out.stats.drafted < 0.95
     tokens = np.array(tokens_of(out))

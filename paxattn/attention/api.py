@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.attention import checks, choice
+from paxattn.attention.cascade import attend_shared
 from paxattn.attention.choice import AttentionSchedule, Explanation, Names
+from paxattn.shared_prefix import SharedPrefix
 
 
 def paged_attention(
@@ -27,6 +30,8 @@ def paged_attention(
     sliding_window: jax.Array | int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    ancestors: jax.Array | None = None,
+    shared: SharedPrefix | None = None,
     implementation: Names = None,
     return_lse: bool = False,
     fixed_split: int | None = None,
@@ -59,6 +64,12 @@ def paged_attention(
             that scanned layers may differ), where a value that is not positive means no window.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         sinks: f32[Hq], one more logit per head in the softmax's denominator.
+        ancestors: u32[T], for new tokens that form a tree (of guesses) rather than a chain: bit `j`
+            says that the token sees its row's new token `j`, itself included, parents before
+            children; at most 32 new tokens per row. All stored before are seen. A token's position
+            is that of the first new one plus its depth, its number of ancestors.
+        shared: of this batch, from `shared_prefix.find_shared_prefix`: what rows share is read once
+            for all of them where that pays, with the same results up to rounding.
         implementation: a name, names to try in order, or None for the target's best.
         return_lse: also return the log-sum-exp of the scores (the sink included).
         fixed_split: tokens, a multiple of 64: cut every row's tokens at its multiples, so that no
@@ -91,7 +102,7 @@ def paged_attention(
         q, k_pages, v_pages,
         block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, layer=layer,
         max_q_len=max_q_len, sm_scale=sm_scale, causal=causal, sliding_window=sliding_window,
-        soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
+        soft_cap=soft_cap, sinks=sinks, ancestors=ancestors, return_lse=return_lse,
     )  # fmt: skip
     sliding_window = _typed(sliding_window, np.int32)
     if schedule is None:
@@ -104,11 +115,7 @@ def paged_attention(
         raise ValueError(f"{fixed_split=} belongs to the schedule: pass it to attention_schedule")
     else:
         choice.check_schedule(schedule, request, implementation, choice.target_of(q))
-    o, lse = choice.run(
-        schedule,
-        q,
-        k_pages,
-        v_pages,
+    options: dict[str, Any] = dict(
         block_tables=block_tables,
         kv_lens=kv_lens,
         cu_q_lens=cu_q_lens,
@@ -120,6 +127,14 @@ def paged_attention(
         causal=causal,
         soft_cap=soft_cap,
     )
+    if ancestors is not None:  # implementations that decline need not know the word
+        options["ancestors"] = ancestors
+    run = partial(choice.run, schedule)
+    # A plan that was made for this batch serves no other.
+    if shared is not None and schedule.plan is None:
+        o, lse = attend_shared(run, q, k_pages, v_pages, shared=shared, **options)
+    else:
+        o, lse = run(q, k_pages, v_pages, **options)
     return (o, lse) if return_lse else o
 
 

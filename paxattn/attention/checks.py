@@ -37,6 +37,7 @@ class Request:
         soft_cap: whether scores are capped.
         sinks: whether sinks join the softmax.
         return_lse: whether the log-sum-exp is wanted.
+        ancestors: whether new tokens form trees.
     """
 
     num_tokens: int
@@ -55,6 +56,7 @@ class Request:
     soft_cap: bool
     sinks: bool
     return_lse: bool
+    ancestors: bool = False
 
 
 def check(
@@ -72,6 +74,8 @@ def check(
     sliding_window: Any = None,
     soft_cap: float | None = None,
     sinks: Any = None,
+    ancestors: Any = None,
+    shared: Any = None,
     return_lse: bool = False,
 ) -> Request:
     """Validates the arguments of `paged_attention` and returns what is static about them.
@@ -90,6 +94,8 @@ def check(
         sliding_window: same.
         soft_cap: same.
         sinks: same.
+        ancestors: same.
+        shared: same; any batch may be served without.
         return_lse: same.
 
     Returns:
@@ -116,6 +122,8 @@ def check(
             raise ValueError(f"{sinks.shape=} must be ({num_q_heads},): one logit per query head")
         if not jnp.issubdtype(sinks.dtype, jnp.floating):
             raise TypeError(f"{sinks.dtype=} must be a float dtype")
+    if ancestors is not None:
+        _check_ancestors(ancestors, num_tokens, bound, causal)
     return Request(
         num_tokens=num_tokens,
         num_rows=num_rows,
@@ -133,6 +141,7 @@ def check(
         soft_cap=soft_cap is not None,
         sinks=sinks is not None,
         return_lse=return_lse,
+        ancestors=ancestors is not None,
     )
 
 
@@ -300,6 +309,21 @@ def _check_window(sliding_window: Any, causal: bool) -> None:
             )
     else:
         _scalar("sliding_window", sliding_window)
+
+
+def _check_ancestors(ancestors: Any, num_tokens: int, max_q_len: int, causal: bool) -> None:
+    _array("ancestors", ancestors)
+    if tuple(ancestors.shape) != (num_tokens,) or ancestors.dtype != np.uint32:
+        raise ValueError(
+            f"ancestors is {ancestors.dtype}{list(ancestors.shape)}, must be "
+            f"uint32[{num_tokens}]: a bit mask for each token of q"
+        )
+    if max_q_len > 32:
+        raise ValueError(
+            f"{max_q_len=} with ancestors= must be at most 32, the bits of a mask: pass max_q_len="
+        )
+    if not causal:
+        raise ValueError(f"{causal=} does not go with ancestors=, which say what is seen")
 
 
 def _scalar(name: str, x: Any) -> None:

@@ -104,7 +104,7 @@ def _schedule_reference(request: Request, target: Target, **batch: Any) -> None:
 
 def _run_reference(*args: Any, plan: None, sliding_window: Any, **options: Any) -> Any:
     window = np.int32(0) if sliding_window is None else sliding_window  # (one compilation)
-    return reference.paged_attention_reference(*args, sliding_window=window, **options)
+    return reference.run(*args, sliding_window=window, **options)
 
 
 def _missing(kernel: str) -> Callable[..., Any]:

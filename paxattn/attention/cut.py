@@ -28,30 +28,37 @@ class Config:
             to whole pages (at least one), like `block_kv`.
         block_q: queries per tile of a long row.
         block_kv: tokens read in one loop step for such a tile.
+        wide_block_kv: same, for tiles that are not causal.
     """
 
     short_q: int = 8
     short_block_kv: int = 128
     block_q: int = 128
     block_kv: int = 128
+    wide_block_kv: int = 512
 
 
-def default_config(*, num_rows: int, num_kv_heads: int, head_dim: int) -> Config:
+def default_config(
+    *, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, max_q_len: int
+) -> Config:
     """Chooses block sizes: a block of all rows' keys should stay in a core's cache (1 MiB).
 
     Smaller blocks pay XLA's few microseconds per operation too often, larger ones go to memory
-    and back.
+    and back. Wide blocks are for few queries that see much (a prefix that rows share).
 
     Args:
         num_rows: R.
+        num_q_heads: Hq.
         num_kv_heads: Hkv.
         head_dim: D.
+        max_q_len: bound of the rows' query counts.
 
     Returns:
         The config.
     """
     tokens = 2**20 // (4 * num_rows * num_kv_heads * head_dim)
-    return Config(short_block_kv=min(max(tokens, 64), 512))
+    wide = 2**19 // (num_q_heads * min(max_q_len, Config.block_q))
+    return Config(short_block_kv=min(max(tokens, 64), 512), wide_block_kv=min(max(wide, 128), 512))
 
 
 def candidates(default: Config, *, short: bool) -> Iterator[Config]:
@@ -73,8 +80,8 @@ def candidates(default: Config, *, short: bool) -> Iterator[Config]:
 
 
 def choose_config(
-    *, device: str, dtype: str, max_q_len: int, num_rows: int, num_kv_heads: int, head_dim: int,
-    page_size: int,
+    *, device: str, dtype: str, max_q_len: int, num_rows: int, num_q_heads: int,
+    num_kv_heads: int, head_dim: int, page_size: int,
 ) -> Config:  # fmt: skip
     """Chooses block sizes: tuned ones, else the heuristic's.
 
@@ -83,6 +90,7 @@ def choose_config(
         dtype: of queries and pages.
         max_q_len: bound on a row's new tokens.
         num_rows: R.
+        num_q_heads: Hq.
         num_kv_heads: Hkv.
         head_dim: D.
         page_size: P, tokens.
@@ -90,7 +98,13 @@ def choose_config(
     Returns:
         The config.
     """
-    default = default_config(num_rows=num_rows, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    default = default_config(
+        num_rows=num_rows,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_q_len=max_q_len,
+    )
     short = max_q_len <= default.short_q
     key: dict[str, str | int] = {"dtype": dtype}
     key |= {"heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
@@ -116,6 +130,7 @@ class Batch:
         cu_q_lens: i32[R + 1].
         layer: i32[].
         window: i32[], no window if it is not positive.
+        ancestors: u32[T], or None: the new tokens of a row form a chain.
         max_q_len: static bound of the rows' query counts.
         masking: static.
         config: static.
@@ -126,6 +141,7 @@ class Batch:
     cu_q_lens: jax.Array
     layer: jax.Array
     window: jax.Array
+    ancestors: jax.Array | None
     max_q_len: int = field(metadata=dict(static=True))
     masking: Masking = field(metadata=dict(static=True))
     config: Config = field(metadata=dict(static=True))
@@ -134,6 +150,18 @@ class Batch:
     def q_lens(self) -> jax.Array:
         """i32[R], new tokens per row."""
         return self.cu_q_lens[1:] - self.cu_q_lens[:-1]
+
+    @property
+    def tile_block_kv(self) -> int:
+        """Tokens read in one loop step for a tile of a long row."""
+        return self.config.block_kv if self.masking.causal else self.config.wide_block_kv
+
+    def short(self, num_tokens: int) -> bool:
+        """Whether a tile per row serves: with few queries each, that fill a good part of them."""
+        places = self.kv_lens.size * self.max_q_len
+        if self.ancestors is not None:  # what the other driver does not know
+            return True
+        return self.max_q_len <= self.config.short_q and places <= 2 * num_tokens
 
 
 def where_live(live: jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
@@ -157,15 +185,21 @@ def row_tiles(batch: Batch, chosen: jax.Array, block_q: int) -> tuple[Tiles, jax
     """
     place = jnp.arange(block_q)
     history = batch.kv_lens - batch.q_lens
+    tokens = batch.cu_q_lens[:-1, None] + place
+    depth, ancestors = place, None
+    if batch.ancestors is not None:
+        ancestors = take_rows(batch.ancestors, tokens)
+        depth = lax.population_count(ancestors).astype(jnp.int32) - 1
     tiles = Tiles(
-        positions=history[:, None] + place,
+        positions=history[:, None] + depth,
         live=(place < batch.q_lens[:, None]) & chosen[:, None],
         first=history,
         last=jnp.where(chosen, batch.kv_lens - 1, -1),
         block_tables=batch.block_tables,
         kv_lens=batch.kv_lens,
+        ancestors=ancestors,
     )
-    return tiles, batch.cu_q_lens[:-1, None] + place
+    return tiles, tokens
 
 
 def take_rows(x: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -192,7 +226,7 @@ def put_rows(into: jax.Array, tiled: jax.Array, batch: Batch, chosen: jax.Array)
 
 
 def count_tiles(batch: Batch, num_tokens: int) -> tuple[int, jax.Array]:
-    """Cuts the rows with two or more queries into tiles.
+    """Cuts rows into tiles: those with two or more queries, or if not causal all.
 
     Args:
         batch: the batch.
@@ -202,7 +236,8 @@ def count_tiles(batch: Batch, num_tokens: int) -> tuple[int, jax.Array]:
         C, and the running count of tiles over rows, i32[R].
     """
     block_q = min(batch.config.block_q, batch.max_q_len, num_tokens)
-    count = jnp.where(batch.q_lens > 1, (batch.q_lens + block_q - 1) // block_q, 0)
+    some = (batch.q_lens > int(batch.masking.causal)) & (batch.kv_lens > 0)
+    count = jnp.where(some, (batch.q_lens + block_q - 1) // block_q, 0)
     return block_q, jnp.cumsum(count)
 
 

@@ -51,6 +51,7 @@ def run(
         dtype=q.dtype.name,
         max_q_len=options["max_q_len"],
         num_rows=options["kv_lens"].shape[0],
+        num_q_heads=q.shape[1],
         num_kv_heads=heads,
         head_dim=head_dim,
         page_size=page_size,
@@ -74,6 +75,7 @@ def paged_attention_reference(
     max_q_len: int,
     causal: bool,
     soft_cap: float | None,
+    ancestors: jax.Array | None = None,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The implementation named "reference". Arguments are as `api.paged_attention` leaves them.
@@ -93,6 +95,7 @@ def paged_attention_reference(
         max_q_len: bound of the rows' query counts.
         causal: whether a query is blind to later positions.
         soft_cap: `cap * tanh(s / cap)` on scaled scores, or None.
+        ancestors: u32[T] or None.
         config: block sizes; None: `default_config`.
 
     Returns:
@@ -102,7 +105,11 @@ def paged_attention_reference(
         k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
     if config is None:
         config = default_config(
-            num_rows=kv_lens.shape[0], num_kv_heads=k_pages.shape[2], head_dim=q.shape[2]
+            num_rows=kv_lens.shape[0],
+            num_q_heads=q.shape[1],
+            num_kv_heads=k_pages.shape[2],
+            head_dim=q.shape[2],
+            max_q_len=max_q_len,
         )
     room = block_tables.shape[1] * k_pages.shape[3]
     batch = Batch(
@@ -111,6 +118,7 @@ def paged_attention_reference(
         cu_q_lens=cu_q_lens,
         layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_pages.shape[0] - 1),
         window=jnp.asarray(sliding_window, jnp.int32),
+        ancestors=ancestors,
         max_q_len=max_q_len,
         masking=Masking(causal=causal, soft_cap=soft_cap),
         config=config,
@@ -139,8 +147,10 @@ def _attend(
     """Both drivers, without sinks: scaled f32[T, Hq, D] -> o f32[T, Hq, D], lse f32[T, Hq]."""
     o = varying_like(jnp.zeros(q.shape, jnp.float32), q)
     lse = varying_like(jnp.full(q.shape[:2], -jnp.inf, jnp.float32), q)
-    if batch.max_q_len <= batch.config.short_q:
+    if batch.short(q.shape[0]):
         return _rows_forward(q, k_pages, v_pages, batch, batch.q_lens > 0, batch.max_q_len, o, lse)
+    if not batch.masking.causal:  # prefixes that rows share: hardly ever a single query
+        return _tiles_forward(q, k_pages, v_pages, batch, o, lse)
     single = batch.q_lens == 1
     o, lse = lax.cond(
         single.any(),
@@ -169,16 +179,17 @@ def _attend_bwd(residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tu
     known = q, k_pages, v_pages, lse, do, delta
     # Accumulated in f32, and as large as the pools: a page may be shared by many rows.
     grads = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), q) for x in (q, k_pages, v_pages))
-    if batch.max_q_len <= batch.config.short_q:
+    if batch.short(q.shape[0]):
         grads = _rows_backward(known, grads, batch, batch.q_lens > 0, batch.max_q_len)
     else:
         single = batch.q_lens == 1
-        grads = lax.cond(
-            single.any(),
-            lambda grads: _rows_backward(known, grads, batch, single, 1),
-            lambda grads: grads,
-            grads,
-        )
+        if batch.masking.causal:
+            grads = lax.cond(
+                single.any(),
+                lambda grads: _rows_backward(known, grads, batch, single, 1),
+                lambda grads: grads,
+                grads,
+            )
         grads = _tiles_backward(known, grads, batch)
     dq, dk, dv = grads
     return dq, dk.astype(k_pages.dtype), dv.astype(v_pages.dtype), None
@@ -245,7 +256,7 @@ def _tiles_forward(
     """Fills in `o` and `lse` for the rows of two or more queries, tile after tile."""
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, batch.config.block_kv)
+    options = _options(batch, k_pages, batch.tile_block_kv)
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         o, lse = carry
@@ -265,7 +276,7 @@ def _tiles_backward(known: tuple, grads: tuple, batch: Batch) -> tuple:
     q, k_pages, v_pages, lse, do, delta = known
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, batch.config.block_kv)
+    options = _options(batch, k_pages, batch.tile_block_kv)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         dq, dk, dv = carry

@@ -41,6 +41,9 @@ class Tiles:
         last: i32[B], highest position of a live query, -1 in a tile without any.
         block_tables: i32[B, M], the pages of each tile's sequence.
         kv_lens: i32[B], tokens stored for each tile's sequence.
+        ancestors: u32[B, C], for each query which tokens it sees of the up to 32 that begin at
+            `first` (bit j: token `first + j`); the last stored tokens form a tree then, parents
+            before children, and a query's position counts its ancestors. None: a chain.
     """
 
     positions: jax.Array
@@ -49,6 +52,7 @@ class Tiles:
     last: jax.Array
     block_tables: jax.Array
     kv_lens: jax.Array
+    ancestors: jax.Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,13 @@ def _visible(
     stored = (offset < held[..., None]).reshape(first.shape[0], 1, -1)
     position = (first[..., None] + offset).reshape(first.shape[0], 1, -1)
     distance = tiles.positions[:, :, None] - position
+    if tiles.ancestors is not None:
+        node = position - tiles.first[:, None, None]
+        # The query's ancestors from this node on, were it one of them: itself and its descendants.
+        onward = tiles.ancestors[:, :, None] >> jnp.clip(node, 0, 31).astype(jnp.uint32)
+        steps = lax.population_count(onward).astype(jnp.int32) - 1
+        distance = jnp.where(node >= 0, steps, distance)
+        stored &= (node < 0) | ((onward & 1) == 1)
     seen = stored & tiles.live[:, :, None] & ((distance < window) | (window <= 0))
     return held, seen & (distance >= 0) if masking.causal else seen
 

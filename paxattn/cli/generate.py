@@ -120,6 +120,13 @@ from paxattn.speculative import DraftModel, NGram
     help="Guesses per step.",
 )
 @click.option(
+    "--draft-branches",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Alternatives in the place of each guess, checked in the same step.",
+)
+@click.option(
     "--prefix-cache/--no-prefix-cache",
     default=True,
     show_default=True,
@@ -155,6 +162,7 @@ def generate(
     early_stopping: str,
     draft: str | None,
     draft_tokens: int,
+    draft_branches: int,
     prefix_cache: bool,
     stop: tuple[str, ...],
     ignore_eos: bool,
@@ -209,7 +217,7 @@ def generate(
     else:
         options["sampling"] = params
         options["num_samples"] = num_samples
-        options["draft"] = _drafter(draft, draft_tokens, dtype)
+        options["draft"] = _drafter(draft, draft_tokens, draft_branches, dtype)
         options["stop"] = stop
         running = stream(checkpoint.model, texts, steps_per_read=2, **options)
     shown = [text for text in texts for _ in range(num_samples)]
@@ -228,12 +236,15 @@ def generate(
         )
 
 
-def _drafter(draft: str | None, num_tokens: int, dtype: str | None) -> NGram | DraftModel | None:
+def _drafter(
+    draft: str | None, num_tokens: int, branches: int, dtype: str | None
+) -> NGram | DraftModel | None:
     if draft is None:
         return None
     if draft == "ngram":
-        return NGram(num_tokens=num_tokens)
-    return DraftModel(model=load(draft, dtype=dtype).model, num_tokens=num_tokens)
+        return NGram(num_tokens=num_tokens, branches=branches)
+    model = load(draft, dtype=dtype).model
+    return DraftModel(model=model, num_tokens=num_tokens, branches=branches)
 
 
 def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:

@@ -56,6 +56,8 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
     if request.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={request.page_size} is not one of {PAGE_SIZES}")
+    if request.ancestors:
+        raise NotImplementedError("its kernels know no ancestor masks (trees of new tokens)")
     return _kernel_for(request)
 
 
