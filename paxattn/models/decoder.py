@@ -264,7 +264,8 @@ class Decoder(nnx.Module):
             self._check_cache(cache)
         x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
         cos, sin = config.rope.angles(batch.positions, config.head_dim)
-        stacked, separate = {}, {}
+        stacked: dict[str, Kernel] = {}
+        separate: dict[str, Kernel] = {}
         for name, kernel in self.kernels.items():
             if isinstance(kernel, tuple):
                 separate[name] = tuple(one[...] for one in kernel)
