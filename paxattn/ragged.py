@@ -14,11 +14,13 @@ import jax.numpy as jnp
 
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, slot_mapping, token_rows
-from paxattn.shared_prefix import SMALLEST_GROUP, SharedPrefix, find_shared_prefix
+from paxattn.shared_prefix import SharedPrefix, find_shared_prefix
 from paxattn.tree import Tree, tree_arrays
 
-# Steps with more new tokens per row than this have work enough to pay for reading the pages.
-_SHORT = 32
+# What rows share is looked for in steps of at most so many new tokens per row (those with more have
+# work enough to pay for reading the pages) and at least so many rows (fewer gain too little to be
+# worth compiling a second attention for).
+_SHORT, _MANY = 32, 8
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +102,7 @@ def ragged_batch(
     if tree is not None:
         masks, depths = tree_arrays(tree)
         ancestors, offsets = masks[offsets], depths[offsets]
-    if max_q_len <= _SHORT and kv_lens.size >= SMALLEST_GROUP:
+    if max_q_len <= _SHORT and kv_lens.size >= _MANY:
         shared = find_shared_prefix(
             table.block_tables,
             kv_lens,

@@ -25,7 +25,7 @@ from paxattn.page_table.pages import pages_for, running_sum, varying_like
 
 # A group is computed in tiles for many queries, which cost the same however few fill them: fewer
 # rows, or less than a quarter of the batch (or of a tile), read their pages faster on their own.
-SMALLEST_GROUP = 4
+_SMALLEST_GROUP = 4
 _TILE = 128
 # Reading a page once more costs less than it takes to merge: share what saves a quarter.
 _WORTHWHILE = 4
@@ -139,7 +139,7 @@ def _group(
     size = jnp.sum(together, axis=1)
     most = jnp.iinfo(jnp.int32).max
     pages = jnp.min(jnp.where(together & ~begins, common, most), axis=1)
-    enough = max(SMALLEST_GROUP, min(live.size, _TILE) // 4)
+    enough = max(_SMALLEST_GROUP, min(live.size, _TILE) // 4)
     pages = jnp.where(live & (size >= enough), pages, 0)
     return group, begins, pages, jnp.sum(jnp.where(begins, 0, pages))
 

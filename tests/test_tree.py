@@ -136,7 +136,7 @@ def test_kernels_decline_by_name():
 
 
 TREES = [
-    NGram(num_tokens=4, branches=2),
+    pytest.param(NGram(num_tokens=4, branches=2), marks=pytest.mark.slow),
     DraftModel(model=DRAFT, num_tokens=3, branches=3),  # mostly wrong
     DraftModel(model=MODEL, num_tokens=3, branches=3),  # always right, but for rounding
 ]
