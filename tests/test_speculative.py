@@ -164,10 +164,15 @@ def test_samples_are_separate_requests_that_share_pages(monkeypatch):
     prompts = [PROMPTS[3], PROMPTS[0]]
     shared = generate(MODEL, prompts, num_samples=4, sampling=sampling, **SHAPE)
     separate = [
-        generate(MODEL, [prompt] * 4, sampling=[SamplingParams(temperature=1.5, seed=one.seed + j)
-                                                 for j in range(4)], **SHAPE)
+        generate(
+            MODEL,
+            [prompt] * 4,
+            sampling=[SamplingParams(temperature=1.5, seed=one.seed + j) for j in range(4)],
+            prefix_cache=False,
+            **SHAPE,
+        )
         for prompt, one in zip(prompts, sampling, strict=True)
-    ]  # fmt: skip
+    ]
     assert tokens_of(shared) == [tokens for each in separate for tokens in tokens_of(each)]
     assert len({tuple(tokens) for tokens in tokens_of(shared)}) == 8
     assert [len(c.prompt_tokens) for c in shared.completions] == [16] * 4 + [5] * 4

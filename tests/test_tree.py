@@ -146,7 +146,7 @@ REPEATS = [(prompt * 4)[:16] for prompt in PROMPTS]
 @pytest.mark.parametrize("drafter", TREES, ids=["ngram", "other", "itself"])
 def test_trees_change_no_token(monkeypatch, drafter):
     tables = []
-    watch(monkeypatch, lambda state: tables.append(getattr(state, "decode", state).table))
+    watch(monkeypatch, lambda state: tables.append(getattr(state, "decode", state).pool.table))
     for sampling in ([SamplingParams()] * 4, SAMPLING):
         options = {**SHAPE, "sampling": sampling, "max_new_tokens": [12, 5, 1, 12]}
         plain = generate(MODEL, REPEATS, **options)
