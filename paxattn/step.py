@@ -76,14 +76,17 @@ class PoolUse:
 
 def no_use() -> PoolUse:
     """Before the first step."""
-    zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+
+    def zero(dtype: DTypeLike) -> jax.Array:
+        return jnp.zeros((), dtype)  # one for each field: a state is donated, buffer by buffer
+
     return PoolUse(
-        num_steps=zero,
-        peak_pages=zero,
-        page_steps=nothing,
-        token_steps=nothing,
-        row_steps=nothing,
-        cached_tokens=zero,
+        num_steps=zero(jnp.int32),
+        peak_pages=zero(jnp.int32),
+        page_steps=zero(jnp.float32),
+        token_steps=zero(jnp.float32),
+        row_steps=zero(jnp.float32),
+        cached_tokens=zero(jnp.int32),
     )
 
 

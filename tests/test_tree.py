@@ -190,7 +190,8 @@ def test_poison_never_travels_with_what_is_kept(monkeypatch):
     options = {**SHAPE, "sampling": SamplingParams(temperature=1.0, seed=3)}
     plain = generate(MODEL, PROMPTS, **options)
 
-    def clean(table, cache):
+    def clean(pool):
+        table, cache = pool.table, pool.cache
         owned = np.zeros((cache.num_pages, cache.page_size), bool)
         for pages, length in zip(
             *map(np.asarray, (table.block_tables, table.kv_lens)), strict=True
@@ -198,19 +199,20 @@ def test_poison_never_travels_with_what_is_kept(monkeypatch):
             token = np.arange(length)
             owned[pages[token // cache.page_size], token % cache.page_size] = True
         owned = jnp.asarray(owned)[None, :, None, :, None]
-        return KVCache(
+        cache = KVCache(
             k_pages=jnp.where(owned, cache.k_pages, jnp.nan),
             v_pages=jnp.where(owned, cache.v_pages, jnp.nan),
         )
+        return dataclasses.replace(pool, cache=cache)
 
     left_behind = []
 
     def poison(state):
         decode = state.decode
         running = np.asarray(decode.status) == Status.RUNNING
-        left_behind.append((decode.table.kv_lens - state.table.kv_lens)[running])
-        decode = dataclasses.replace(decode, cache=clean(decode.table, decode.cache))
-        return dataclasses.replace(state, decode=decode, cache=clean(state.table, state.cache))
+        left_behind.append((decode.pool.table.kv_lens - state.pool.table.kv_lens)[running])
+        decode = dataclasses.replace(decode, pool=clean(decode.pool))
+        return dataclasses.replace(state, decode=decode, pool=clean(state.pool))
 
     watch(monkeypatch, poison)
     got = [[] for _ in PROMPTS]
