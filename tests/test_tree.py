@@ -9,17 +9,15 @@ import pytest
 from attention_cases import Case
 from flax import nnx
 from test_attention import run, same
-from test_generate import CONFIG, MODEL, PROMPTS, SAMPLING, SHAPE, tokens_of, watch
+from test_generate import MODEL, PROMPTS, SAMPLING, SHAPE, tokens_of, watch
+from test_speculative import DRAFT, REPEATS
 
-from paxattn import DraftModel, NGram, generate, page_table, stream
+from paxattn import DraftModel, NGram, generate, stream
 from paxattn.attention import checks, choice
 from paxattn.decode_step import Status
 from paxattn.kv_cache import KVCache
-from paxattn.models import Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.tree import Tree, comb, spine, tree_arrays, walk
-
-DRAFT = Decoder(CONFIG, rngs=nnx.Rngs(1))
 
 
 def random_tree(rng, size):
@@ -133,34 +131,6 @@ def test_kernels_decline_by_name():
     made = choice.consider(request, hopper, ("mosaic_gpu", "reference"))
     assert made.implementation == "reference"
     assert "ancestor masks" in dict(made.reasons)["mosaic_gpu"]
-
-
-TREES = [
-    pytest.param(NGram(num_tokens=4, branches=2), marks=pytest.mark.slow),
-    DraftModel(model=DRAFT, num_tokens=3, branches=3),  # mostly wrong
-    DraftModel(model=MODEL, num_tokens=3, branches=3),  # always right, but for rounding
-]
-REPEATS = [(prompt * 4)[:16] for prompt in PROMPTS]
-
-
-@pytest.mark.parametrize("drafter", TREES, ids=["ngram", "other", "itself"])
-def test_trees_change_no_token(monkeypatch, drafter):
-    tables = []
-    watch(monkeypatch, lambda state: tables.append(getattr(state, "decode", state).pool.table))
-    for sampling in ([SamplingParams()] * 4, SAMPLING):
-        options = {**SHAPE, "sampling": sampling, "max_new_tokens": [12, 5, 1, 12]}
-        plain = generate(MODEL, REPEATS, **options)
-        fast = generate(MODEL, REPEATS, draft=drafter, **options)
-        assert tokens_of(fast) == tokens_of(plain)
-        for a, b in zip(fast.completions, plain.completions, strict=True):
-            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-            assert a.finish_reason == b.finish_reason
-        page_table.check_invariants(tables[-1])
-        assert int(tables[-1].num_free) == SHAPE["num_pages"]
-        assert 0 <= fast.stats.accepted <= fast.stats.drafted / drafter.branches
-        if isinstance(drafter, DraftModel) and drafter.model is MODEL:
-            assert fast.stats.accepted == fast.stats.drafted / drafter.branches > 0
-            assert fast.stats.num_steps < plain.stats.num_steps / 2
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from test_cli import in_process
 
-from paxattn import cli
 from paxattn.attention import cut, measure, tune, tuning
 from paxattn.attention.measure import Workload, parse_rows
 from paxattn.attention.mosaic_gpu import config, prefill_config, tunable
@@ -145,7 +145,7 @@ def test_tuning_times_candidates_and_the_op_uses_what_it_wrote(table, monkeypatc
     few = lambda default, *, short: list(every(default, short=short))[:1]  # noqa: E731
     monkeypatch.setattr(cut, "candidates", few)
     options = ("2x20", "--heads", "4/2", "--head-dim", "16", "--page-size", "8")
-    code, out, err = main(monkeypatch, capfd, "bench", *options, "--tune")
+    code, out, err = in_process("bench", *options, "--tune", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 0, err
     for word in ("reference.short", "short_block_kv=64", "chosen", "(heuristic)", "tuned:"):
         assert word in out
@@ -157,7 +157,7 @@ def test_tuning_times_candidates_and_the_op_uses_what_it_wrote(table, monkeypatc
     (question,) = tune.questions_of(work)
     assert question.entry(question.default).place == entry.place
     assert entry.config["short_block_kv"] in {c.short_block_kv for c in question.candidates}
-    code, out, err = main(monkeypatch, capfd, "doctor")
+    code, out, err = in_process("doctor", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 0, err
     assert "reference.short" in out
     assert str(table) in out
@@ -197,7 +197,7 @@ def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     ],
 )
 def test_bad_input_gets_one_line(args, message, monkeypatch, capfd):
-    code, out, err = main(monkeypatch, capfd, "bench", *args)
+    code, out, err = in_process("bench", *args, monkeypatch=monkeypatch, capfd=capfd)
     assert code != 0
     assert out == ""
     assert message in err
@@ -207,18 +207,9 @@ def test_bad_input_gets_one_line(args, message, monkeypatch, capfd):
 def test_a_damaged_table_gets_one_line(tmp_path, monkeypatch, capfd):
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps({"entries": 3}))
-    code, _, err = main(monkeypatch, capfd, "bench", "1x8", "--table", str(bad))
+    code, _, err = in_process(
+        "bench", "1x8", "--table", str(bad), monkeypatch=monkeypatch, capfd=capfd
+    )
     assert code == 1
     assert f"{bad} is not a table" in err
     assert err.count("\n") == 1
-
-
-def main(monkeypatch, capfd, *args):
-    monkeypatch.setattr("sys.argv", ["paxattn", *args])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capfd.readouterr()
-    return code, out, err
