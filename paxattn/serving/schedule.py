@@ -77,7 +77,11 @@ def available_pages(pool: Pool) -> jax.Array:
 
 
 def admit(state: ServeState) -> ServeState:
-    """Give rows to those that wait, in order of rank, while there are rows and pages."""
+    """Give rows to those that wait, in order of rank, while there are rows and pages.
+
+    Pages count that are free or only cached, less what rows still need for the tokens they have. A
+    prompt counts in full, also what it is going to share with rows that run.
+    """
     page_size = state.pool.table.page_size
 
     def fits(state: ServeState) -> jax.Array:
