@@ -18,6 +18,7 @@ from paxattn.pool import Pool, init_pool
 from paxattn.ragged import RaggedBatch, ragged_batch
 from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
+from paxattn.serving import Engine
 from paxattn.speculative import DraftModel, NGram
 from paxattn.step import ragged_step
 
@@ -32,6 +33,7 @@ __all__ = [
     "DecoderConfig",
     "Delta",
     "DraftModel",
+    "Engine",
     "Generation",
     "KVCache",
     "KeptPool",

@@ -65,6 +65,38 @@ class DecodeState:
     use: PoolUse
 
 
+def take_in(
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    num_generated: jax.Array,
+    max_new_tokens: jax.Array,
+    stop_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """How many of some new tokens to take, and what a row is after them.
+
+    Args:
+        tokens: i32[R, m], new tokens of each row.
+        count: i32[R], how many of them are new. What comes after a stop token or beyond
+            ``max_new_tokens`` is left out.
+        num_generated: i32[R], tokens before them.
+        max_new_tokens: i32[R].
+        stop_ids: i32[R, S], padded with -1.
+
+    Returns:
+        ``(count i32[R], status i32[R])``: ``RUNNING``, ``STOP`` or ``LENGTH``.
+    """
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    count = jnp.minimum(count, max_new_tokens - num_generated)
+    is_stop = jnp.any(tokens[..., None] == stop_ids[:, None], axis=-1)
+    is_stop &= place < count[:, None]
+    stopped = jnp.any(is_stop, axis=1)
+    count = jnp.where(stopped, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, count)
+    full = (count > 0) & (num_generated + count >= max_new_tokens)
+    status = jnp.where(full, jnp.int32(Status.LENGTH), jnp.int32(Status.RUNNING))
+    return count, jnp.where(stopped, jnp.int32(Status.STOP), status)
+
+
 def record(
     state: DecodeState,
     tokens: jax.Array,
@@ -78,28 +110,26 @@ def record(
 
     Args:
         state: its pool is the one after the step.
-        tokens: i32[R, m], new tokens of each row.
+        tokens: i32[R, m], new tokens of each row, see `take_in`.
         logprobs: f32[R, m].
-        count: i32[R], how many of them are new. What comes after a stop token or beyond
-            ``max_new_tokens`` is left out.
+        count: i32[R], how many of them are new.
         failed: bool[R], rows that found no page; only the first of them ends.
         scrub: static; zero the pages that ended rows give back before anyone can take them.
     """
     capacity = state.tokens.shape[1]
     rows = jnp.arange(state.status.size)[:, None]
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    count = jnp.minimum(count, state.max_new_tokens - state.num_generated)
-    is_stop = jnp.any(tokens[..., None] == state.stop_ids[:, None], axis=-1)
-    is_stop &= place < count[:, None]
-    stopped = jnp.any(is_stop, axis=1)
-    count = jnp.where(stopped, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, count)
+    count, after = take_in(
+        tokens,
+        count,
+        num_generated=state.num_generated,
+        max_new_tokens=state.max_new_tokens,
+        stop_ids=state.stop_ids,
+    )
     index = jnp.where(place < count[:, None], state.num_generated[:, None] + place, capacity)
     newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-    num_generated = state.num_generated + count
 
-    full = (count > 0) & (num_generated >= state.max_new_tokens)
-    status = jnp.where(full, jnp.int32(Status.LENGTH), state.status)
-    status = jnp.where(stopped, jnp.int32(Status.STOP), status)
+    status = jnp.where(after == Status.RUNNING, state.status, after)
     status = jnp.where(first_only(failed), jnp.int32(Status.OUT_OF_PAGES), status)
     ended = (state.status == Status.RUNNING) & (status != Status.RUNNING)
     return dataclasses.replace(
@@ -107,7 +137,7 @@ def record(
         pool=release_rows(state.pool, ended, scrub=scrub),
         status=status,
         last_token=jnp.where(count > 0, newest, state.last_token),
-        num_generated=num_generated,
+        num_generated=state.num_generated + count,
         tokens=state.tokens.at[rows, index].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[rows, index].set(logprobs, mode="drop"),
         use=state.use.after(state.pool.table),

@@ -19,7 +19,15 @@ from paxattn import loops
 from paxattn.decode_step import DecodeState, Status
 from paxattn.generate_beams import generate_beams
 from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
-from paxattn.results import Completion, Delta, Generation, PoolStats, new_text, no_stats
+from paxattn.results import (
+    Delta,
+    Generation,
+    PoolStats,
+    Reading,
+    completion,
+    new_text,
+    no_stats,
+)
 from paxattn.speculative import SpeculativeState
 
 _STEPS_PER_READ = 16  # in `generate` with stop strings: the host looks for those
@@ -30,13 +38,12 @@ class _Reader:
     """Turns a state's new tokens into deltas, finds stop strings, and keeps the pool's figures."""
 
     def __init__(self, model: Any, requests: Requests) -> None:
-        self.texts = [
+        texts = [
             new_text(requests, prompt)
             for prompt in requests.prompts
             for _ in range(requests.sizes.group)
         ]
-        self.read = [0] * len(self.texts)
-        self.finished = [False] * len(self.texts)
+        self.readings = [Reading(i, text) for i, text in enumerate(texts)]
         self.max_positions = model.config.max_positions
         self.stats = no_stats(requests)
 
@@ -55,32 +62,16 @@ class _Reader:
             bytes_per_page=state.pool.cache.bytes_per_page,
             max_positions=self.max_positions,
         )
-        news, ended = [], np.zeros(status.shape, bool)
-        for i, text in enumerate(self.texts):
-            if self.finished[i]:
+        news: list[Delta] = []
+        ended = np.zeros(status.shape, bool)
+        for i, reading in enumerate(self.readings):
+            if reading.finished:
                 continue
-            span = slice(self.read[i], int(counts[i]))
-            reason = Status(status[i])
-            new = tokens[i, span].tolist()
-            piece, used = "", len(new)
-            if text is not None:
-                piece, used = text.push(new, final=reason != Status.RUNNING)
-                if text.stopped:
-                    ended[i] = reason == Status.RUNNING
-                    reason = Status.STOP
-            new = new[:used]
-            self.finished[i] = reason != Status.RUNNING
-            self.read[i] = span.stop
-            if new or self.finished[i]:
-                news.append(
-                    Delta(
-                        index=i,
-                        tokens=new,
-                        logprobs=logprobs[i, span].tolist()[:used],
-                        text=piece,
-                        finish_reason=reason.name.lower() if self.finished[i] else None,
-                    )
-                )
+            span = slice(reading.read, int(counts[i]))
+            new = tokens[i, span].tolist(), logprobs[i, span].tolist()
+            delta, ended[i] = reading.take(*new, Status(status[i]))
+            if delta is not None:
+                news.append(delta)
         return news, ended
 
 
@@ -113,7 +104,7 @@ def _run(
             if ended.any():
                 state = loops.stop_rows(state, ended, scrub=requests.scrub)
             yield from news
-            if all(reader.finished):
+            if all(reading.finished for reading in reader.readings):
                 return
             state = loops.go_on(
                 model,
@@ -262,14 +253,5 @@ def generate(
     deltas: list[list[Delta]] = [[] for _ in rows]
     for delta in news:
         deltas[delta.index].append(delta)
-    completions = [
-        Completion(
-            prompt_tokens=prompt,
-            tokens=[token for delta in own for token in delta.tokens],
-            logprobs=[logprob for delta in own for logprob in delta.logprobs],
-            text="".join(delta.text for delta in own),
-            finish_reason=own[-1].finish_reason or "",
-        )
-        for prompt, own in zip(rows, deltas, strict=True)
-    ]
+    completions = [completion(prompt, own) for prompt, own in zip(rows, deltas, strict=True)]
     return Generation(completions=completions, stats=news.stats())

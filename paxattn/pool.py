@@ -140,6 +140,14 @@ def admit_rows(
     return replace(pool, table=table, prefix=prefix)
 
 
+def remember_rows(pool: Pool, mask: jax.Array) -> Pool:
+    """Let others find the full pages of rows bool[R]; without a prefix cache, do nothing."""
+    if pool.prefix is None:
+        return pool
+    prefix, table = prefix_cache.insert_rows(pool.prefix, pool.table, mask, None, pool.salts)
+    return replace(pool, prefix=prefix, table=table)
+
+
 def release_rows(pool: Pool, mask: jax.Array, *, scrub: bool) -> Pool:
     """Release rows, whose full pages the prefix cache remembers.
 
@@ -148,9 +156,7 @@ def release_rows(pool: Pool, mask: jax.Array, *, scrub: bool) -> Pool:
         mask: bool[R].
         scrub: static; zero the pages that nobody holds any more.
     """
-    if pool.prefix is not None:
-        prefix, table = prefix_cache.insert_rows(pool.prefix, pool.table, mask, None, pool.salts)
-        pool = replace(pool, prefix=prefix, table=table)
+    pool = remember_rows(pool, mask)
     return with_table(pool, page_table.release(pool.table, mask), scrub=scrub)
 
 

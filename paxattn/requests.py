@@ -119,9 +119,8 @@ class Requests:
         return self.kept.take(max_pages_per_seq=self.sizes.max_pages_per_seq, salts=self.salts)
 
 
-def _tokenize(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int
-) -> list[list[int]]:
+def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int) -> list[list[int]]:
+    """Token ids of each prompt, checked."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, not one string: [{prompts[:40]!r}]")
     ids: list[list[int]] = []
@@ -162,7 +161,7 @@ def _whole_text(name: str, text: str) -> str:
     return text
 
 
-def _per_prompt(name: str, value: Any, kind: type, kind_name: str, count: int) -> list[Any]:
+def per_prompt(name: str, value: Any, kind: type, kind_name: str, count: int) -> list[Any]:
     """One value for all prompts, or a sequence with one for each."""
     if isinstance(value, kind):
         return [value] * count
@@ -174,7 +173,8 @@ def _per_prompt(name: str, value: Any, kind: type, kind_name: str, count: int) -
     return values
 
 
-def _stop_strings(stop: Any, tokenizer: Tokenizer | None) -> Sequence[str]:
+def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> Sequence[str]:
+    """The strings that end a completion, checked."""
     if stop is None:
         return ()
     if isinstance(stop, str) or not isinstance(stop, Sequence):
@@ -188,6 +188,22 @@ def _stop_strings(stop: Any, tokenizer: Tokenizer | None) -> Sequence[str]:
     if stop and tokenizer is None:
         raise ValueError(f"{stop=} needs tokenizer= to turn tokens into text")
     return stop
+
+
+def stop_tokens(values: Any, vocab: int) -> list[int]:
+    """The token ids that end a completion, checked."""
+    ids = _integers("stop_token_ids", values)
+    unknown = [token for token in ids if not 0 <= token < vocab]
+    if unknown:
+        raise ValueError(f"stop_token_ids has {unknown[0]}: not in the model's 0..{vocab - 1}")
+    return ids
+
+
+def check_salt(salt: Any, whose: str) -> int:
+    """An int32."""
+    if not -(2**31) <= integer(f"salt of {whose}", salt) < 2**31:
+        raise ValueError(f"{salt=} of {whose} must be an int32: from -2**31 to 2**31 - 1")
+    return int(salt)
 
 
 def prepare_requests(
@@ -216,11 +232,12 @@ def prepare_requests(
             f"tokenizer is a {type(tokenizer).__name__}: must be a tokenizers.Tokenizer, such as a "
             "checkpoint's tokenizer (of one of transformers: its backend_tokenizer)"
         )
-    stop = _stop_strings(stop, tokenizer)
-    ids = _tokenize(prompts, tokenizer, config.vocab_size)
-    new = _per_prompt("max_new_tokens", max_new_tokens, Integral, "an integer", len(ids))
-    params = _per_prompt("sampling", sampling, SamplingParams, "a SamplingParams", len(ids))
-    salts = _salts(_per_prompt("salt", salt, Integral, "an integer", len(ids)))
+    stop = stop_strings(stop, tokenizer)
+    ids = tokenize(prompts, tokenizer, config.vocab_size)
+    new = per_prompt("max_new_tokens", max_new_tokens, Integral, "an integer", len(ids))
+    params = per_prompt("sampling", sampling, SamplingParams, "a SamplingParams", len(ids))
+    salts = per_prompt("salt", salt, Integral, "an integer", len(ids))
+    salts = [check_salt(one, f"prompt {i}") for i, one in enumerate(salts)]
     for i, (prompt, n) in enumerate(zip(ids, new, strict=True)):
         if integer(f"max_new_tokens of prompt {i}", n) < 0:
             raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
@@ -237,12 +254,7 @@ def prepare_requests(
     if kept is None and not isinstance(prefix_cache, bool):
         raise TypeError(f"{prefix_cache=} must be True, False or a KeptPool")
     page_size, num_pages = _pool_sizes(model, kept, page_size, num_pages)
-    stop_token_ids = _integers("stop_token_ids", stop_token_ids)
-    unknown = [token for token in stop_token_ids if not 0 <= token < config.vocab_size]
-    if unknown:
-        raise ValueError(
-            f"stop_token_ids has {unknown[0]}: not in the model's 0..{config.vocab_size - 1}"
-        )
+    stop_token_ids = stop_tokens(stop_token_ids, config.vocab_size)
     num_prompts = bucket(len(ids))
     num_rows = num_prompts * num_samples
     total = bucket(sum(map(len, ids)), 16)
@@ -292,13 +304,6 @@ def prepare_requests(
         logits_processor=logits_processor,
         scrub=bool(scrub),
     )
-
-
-def _salts(values: Sequence[int]) -> list[int]:
-    for i, salt in enumerate(values):
-        if not -(2**31) <= integer(f"salt of prompt {i}", salt) < 2**31:
-            raise ValueError(f"{salt=} of prompt {i} must be an int32: from -2**31 to 2**31 - 1")
-    return [int(salt) for salt in values]
 
 
 def _pool_sizes(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
 
+from paxattn.decode_step import Status
 from paxattn.requests import Requests
 from paxattn.step import PoolUse
 from paxattn.text import TextStream
@@ -21,7 +23,7 @@ class Delta:
         logprobs: their log-probabilities under the model.
         text: text since the last delta ("" without a tokenizer).
         finish_reason: None while running; "stop" (a stop token or string), "length"
-            (``max_new_tokens``) or "out_of_pages".
+            (``max_new_tokens``), "out_of_pages" or, of an `Engine`, "abort".
     """
 
     index: int
@@ -52,6 +54,69 @@ class Completion:
     text: str
     finish_reason: str
     score: float | None = None
+
+
+class Reading:
+    """What was read so far of one completion that the device is still writing.
+
+    Attributes:
+        read: generated tokens read.
+        finished: whether there will be no more news.
+    """
+
+    def __init__(self, index: int, text: TextStream | None) -> None:
+        """Begin to read.
+
+        Args:
+            index: of the deltas.
+            text: turns tokens into text and finds stop strings; None: no text.
+        """
+        self.read, self.finished = 0, False
+        self._index, self._text = index, text
+
+    def take(
+        self, tokens: list[int], logprobs: list[float], status: Status
+    ) -> tuple[Delta | None, bool]:
+        """Take what is new since the last call.
+
+        Args:
+            tokens: new tokens.
+            logprobs: one for each.
+            status: the request's, after them.
+
+        Returns:
+            The news, if there is any; and whether a stop string ended the completion, so that the
+            device must be told.
+        """
+        self.read += len(tokens)
+        piece, ended = "", False
+        if self._text is not None:
+            piece, used = self._text.push(tokens, final=status != Status.RUNNING)
+            tokens = tokens[:used]
+            if self._text.stopped:
+                ended, status = status == Status.RUNNING, Status.STOP
+        self.finished = status != Status.RUNNING
+        if not tokens and not self.finished:
+            return None, ended
+        delta = Delta(
+            index=self._index,
+            tokens=tokens,
+            logprobs=logprobs[: len(tokens)],
+            text=piece,
+            finish_reason=status.name.lower() if self.finished else None,
+        )
+        return delta, ended
+
+
+def completion(prompt: list[int], deltas: Sequence[Delta]) -> Completion:
+    """All of one request's news, put together."""
+    return Completion(
+        prompt_tokens=prompt,
+        tokens=[token for delta in deltas for token in delta.tokens],
+        logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
+        text="".join(delta.text for delta in deltas),
+        finish_reason=deltas[-1].finish_reason or "",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,13 +183,12 @@ def _compact(
     moves = (place < gained[:, None]) & (path != place)
     src, dst = slots(lens[:, None] + path), slots(lens[:, None] + place)
     dst = jnp.where(moves, dst, table.num_pages * size).ravel()
-    cache = lax.cond(
-        jnp.any(moves),
-        kv_cache.move_slots,
-        lambda cache, *_: cache,
+    # A loop of one turn at most: XLA works in place in loops, and copies what goes through `cond`.
+    cache = lax.fori_loop(
+        0,
+        jnp.any(moves).astype(jnp.int32),
+        lambda _, cache: kv_cache.move_slots(cache, src.ravel(), dst),
         pool.cache,
-        src.ravel(),
-        dst,
     )
     return note_tokens(dataclasses.replace(pool, cache=cache), dst, tokens.ravel())
 

@@ -36,6 +36,7 @@ ROOMS = [
     "loops",
     "generate_beams",
     "generate",
+    "serving",
     "memory",
     "__init__",
     "display",

@@ -1,0 +1,23 @@
+"""Continuous batching: requests come and go while a device loop runs; see `serve_step`."""
+
+from paxattn.serving.engine import Engine, QueueFull
+from paxattn.serving.options import RequestOptions
+from paxattn.serving.state import Policy, Requests, ServeState, init_serve, new_request, put, stop
+from paxattn.serving.stats import EngineStats
+from paxattn.serving.step import serve, serve_step
+
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Policy",
+    "QueueFull",
+    "RequestOptions",
+    "Requests",
+    "ServeState",
+    "init_serve",
+    "new_request",
+    "put",
+    "serve",
+    "serve_step",
+    "stop",
+]

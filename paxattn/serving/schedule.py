@@ -1,0 +1,188 @@
+"""Who runs: admission, shares of a step's tokens, and who leaves when pages run out.
+
+Requests are ranked by priority, then by arrival. The best of those that wait is admitted when a row
+and pages for all its tokens are there; nobody overtakes it, so a long prompt is not starved by
+short ones. Pages are not promised to what is not there yet: running requests take them as they
+grow, and when none is left the request of the lowest rank that runs gives its own back and waits
+again, as often as it takes. One who waits and outranks one who runs takes its place likewise, a row
+per step. So the first in rank runs, or comes closer to running, in every step. What left comes back
+like any new request, and finds in the prefix cache what is still there of it (recomputation, as in
+vLLM, https://arxiv.org/abs/2309.06180, section 4.5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from paxattn.decode_step import Status
+from paxattn.page_table.pages import pages_for
+from paxattn.pool import Pool, admit_rows, make_room, release_rows
+from paxattn.serving.state import Requests, ServeState
+from paxattn.step import count_cached
+
+_LOWEST, _HIGHEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+
+
+def of_rows(state: ServeState, field: jax.Array, fill: int = 0) -> jax.Array:
+    """A field i32[Q] of the requests that the rows run, i32[R]; ``fill`` for idle rows."""
+    return field.at[state.owners].get(mode="fill", fill_value=fill)
+
+
+def tokens_left(state: ServeState) -> jax.Array:
+    """Tokens of each row's request that are not stored, i32[R]: 1 if it is decoding."""
+    return of_rows(state, state.requests.num_tokens) - state.pool.table.kv_lens
+
+
+def outranks(requests: Requests, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Whether requests ``one`` come before ``other`` ones; not where either is out of range."""
+
+    def read(field: jax.Array, index: jax.Array) -> jax.Array:
+        return field.at[index].get(mode="fill", fill_value=0)
+
+    priority, than = read(requests.priority, one), read(requests.priority, other)
+    earlier = read(requests.arrival, one) < read(requests.arrival, other)
+    inside = (one < requests.status.size) & (other < requests.status.size)
+    return inside & ((priority > than) | ((priority == than) & earlier))
+
+
+def next_waiting(state: ServeState) -> jax.Array:
+    """The first in rank of the requests that wait, i32[]; Q: none."""
+    requests = state.requests
+    waits = (requests.status == Status.RUNNING).at[state.owners].set(False, mode="drop")
+    best = jnp.max(jnp.where(waits, requests.priority, _LOWEST))
+    arrival = jnp.where(waits & (requests.priority == best), requests.arrival, _HIGHEST)
+    return jnp.where(jnp.any(waits), jnp.argmin(arrival).astype(jnp.int32), state.capacity)
+
+
+def last_running(state: ServeState) -> jax.Array:
+    """The row that runs the last in rank, i32[]; R: none runs."""
+    runs = state.owners < state.capacity
+    priority = of_rows(state, state.requests.priority)
+    worst = jnp.min(jnp.where(runs, priority, _HIGHEST))
+    arrival = of_rows(state, state.requests.arrival)
+    arrival = jnp.where(runs & (priority == worst), arrival, _LOWEST)
+    return jnp.where(jnp.any(runs), jnp.argmax(arrival).astype(jnp.int32), runs.size)
+
+
+def available_pages(pool: Pool) -> jax.Array:
+    """Pages that are free or that only the prefix cache holds, i32[]; O(num_pages)."""
+    free = pool.table.num_free
+    if pool.prefix is None:
+        return free
+    return free + jnp.sum((pool.prefix.depths > 0) & (pool.table.ref_counts == 1), dtype=jnp.int32)
+
+
+def admit(state: ServeState) -> ServeState:
+    """Give rows to those that wait, in order of rank, while there are rows and pages.
+
+    Pages count that are free or only cached, less what rows still need for the tokens they have. A
+    prompt counts in full, also what it is going to share with rows that run.
+    """
+    page_size = state.pool.table.page_size
+
+    def fits(state: ServeState) -> jax.Array:
+        head = next_waiting(state)
+        idle = state.owners == state.capacity
+        stored = state.pool.table.kv_lens
+
+        def pages_allow() -> jax.Array:
+            wanted = pages_for(state.requests.num_tokens[head], page_size)
+            whole = stored + jnp.maximum(tokens_left(state), 0)
+            promised = pages_for(whole, page_size) - pages_for(stored, page_size)
+            room = available_pages(state.pool) - jnp.sum(promised) - state.policy.watermark
+            return (wanted <= room) | jnp.all(idle)  # alone, it has what it needs
+
+        possible = (head < state.capacity) & jnp.any(idle)
+        return lax.cond(possible, pages_allow, lambda: possible)
+
+    def body(state: ServeState) -> ServeState:
+        head = next_waiting(state)
+        row = jnp.argmax(state.owners == state.capacity)
+        requests, width = state.requests, state.requests.tokens.shape[1]
+        start = jnp.arange(state.owners.size) == row
+        salts = state.pool.salts.at[row].set(requests.salt[head])
+        pool = admit_rows(
+            replace(state.pool, salts=salts),
+            start,
+            requests.tokens.reshape(-1),
+            jnp.where(start, head * width, 0),
+            jnp.where(start, requests.num_tokens[head], 0),
+        )
+        found = jnp.where(start, pool.table.kv_lens, 0)
+        return replace(
+            state,
+            pool=pool,
+            owners=state.owners.at[row].set(head),
+            use=count_cached(state.use, found),
+        )
+
+    return lax.while_loop(fits, body, state)
+
+
+def share_budget(state: ServeState) -> jax.Array:
+    """How many tokens each row runs in this step, i32[R].
+
+    Rows that are decoding run their one token; what is left of the budget stores prompts, those
+    first in rank first. The budget has a token for each row, so the first in rank always runs.
+    """
+    budget = jnp.clip(state.policy.token_budget, state.owners.size, state.step_tokens)
+    todo = tokens_left(state)
+    decoding = todo == 1
+    left = budget - jnp.sum(decoding)
+    ahead = outranks(state.requests, state.owners[:, None], state.owners[None, :])
+    before = jnp.sum(jnp.where(ahead & ~decoding[:, None], todo[:, None], 0), axis=0)
+    return jnp.where(decoding, 1, jnp.clip(left - before, 0, jnp.maximum(todo, 0)))
+
+
+def leave(state: ServeState, row: jax.Array, status: jax.Array, *, scrub: bool) -> ServeState:
+    """Take the row i32[] from its request, which then has this status; R: from nobody."""
+    mask = jnp.arange(state.owners.size) == row
+    owner = jnp.where(mask, state.owners, state.capacity)
+    preempted = jnp.any(mask) & (status == Status.RUNNING)
+    statuses = state.requests.status.at[owner].set(status, mode="drop")
+    return replace(
+        state,
+        pool=release_rows(state.pool, mask, scrub=scrub),
+        owners=jnp.where(mask, state.capacity, state.owners),
+        requests=replace(state.requests, status=statuses),
+        preemptions=state.preemptions + preempted.astype(jnp.int32),
+    )
+
+
+def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
+    """Find pages for the step's tokens; the last in rank leave until there are enough.
+
+    A request that finds no page though it is alone can never run, and ends.
+
+    Args:
+        state: after `admit`.
+        scrub: static; zero the pages that nobody holds any more.
+
+    Returns:
+        The state, in which every row has the room it needs; and i32[R], the tokens it runs.
+    """
+    waits, nobody = jnp.int32(Status.RUNNING), jnp.int32(state.owners.size)
+
+    def body(carry: tuple) -> tuple:
+        state, leaving, status, _, _ = carry
+        state = leave(state, leaving, status, scrub=scrub)
+        q_lens = share_budget(state)
+        pool, ok = make_room(state.pool, q_lens, max_new_tokens=state.step_tokens, scrub=scrub)
+        state = replace(state, pool=pool)
+        settled = jnp.all(ok)
+        alone = jnp.sum(state.owners < state.capacity) == 1
+        leaving = jnp.where(settled, nobody, last_running(state))
+        status = jnp.where(alone, jnp.int32(Status.OUT_OF_PAGES), waits)
+        return state, leaving, status, q_lens, settled
+
+    last = last_running(state)
+    owner = state.owners.at[last].get(mode="fill", fill_value=state.capacity)
+    displaced = outranks(state.requests, next_waiting(state), owner)
+    leaving = jnp.where(displaced, last, nobody)
+    carry = (state, leaving, waits, jnp.zeros_like(state.owners), jnp.bool_(False))
+    state, _, _, q_lens, _ = lax.while_loop(lambda carry: ~carry[-1], body, carry)
+    return state, q_lens

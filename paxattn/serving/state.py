@@ -1,0 +1,246 @@
+"""What a server knows, as one pytree: the requests, the rows that run some of them, the pool.
+
+A request has a place from the moment it is put there until the host puts another one in its stead,
+whether it waits, runs or has ended. All its tokens so far, prompt and generated, lie in one line of
+`Requests.tokens`. A row only says which request it runs, and the page table how many of that
+request's tokens are stored; what remains of the line is what there is to run. So prompts,
+decoding, and the return of a request that had to give its pages back are one thing.
+
+Memory: ``8 * Q * L`` bytes for Q places of L tokens (a token and a log-probability each), next to
+``2 * layers * kv_heads * head_dim * itemsize`` bytes per token in the pool. Waiting requests hold
+no pages, so places cost little. A step looks at the Q requests only for who is next, and reads and
+writes of the lines only the tokens that it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paxattn.decode_step import Status
+from paxattn.pool import Pool, init_pool, release_rows
+from paxattn.sampling import RowSampling, SamplingParams, row_sampling
+from paxattn.step import LanguageModel, PoolUse, no_use
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Q places for requests of up to L tokens, or one request: the same without the leading axis.
+
+    Attributes:
+        status: i32[Q], `Status`: ``RUNNING`` also while waiting (`ServeState.owners` tells who has
+            a row), ``EMPTY`` where there never was a request, otherwise why it ended.
+        priority: i32[Q], the highest go first.
+        arrival: i32[Q], of equal priority the lowest go first; no two alike.
+        prompt_len: i32[Q], at least 1.
+        num_tokens: i32[Q], prompt and generated.
+        max_new_tokens: i32[Q]; ``prompt_len + max_new_tokens`` is at most L.
+        stop_ids: i32[Q, S], tokens that end the request, padded with -1.
+        salt: i32[Q], only requests of the same salt share pages, see `prefix_cache.match`.
+        sampling: parameters per request.
+        tokens: i32[Q, L], the first ``num_tokens`` are valid.
+        logprobs: f32[Q, L], of the generated ones.
+    """
+
+    status: jax.Array
+    priority: jax.Array
+    arrival: jax.Array
+    prompt_len: jax.Array
+    num_tokens: jax.Array
+    max_new_tokens: jax.Array
+    stop_ids: jax.Array
+    salt: jax.Array
+    sampling: RowSampling
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What may be changed between steps, and compiles nothing.
+
+    Attributes:
+        token_budget: i32[], tokens run per step at most: fewer make steps shorter while prompts are
+            being stored, more store them sooner. Taken as within R and `ServeState.step_tokens`.
+        watermark: i32[], pages that must be left for the growth of running requests when another is
+            admitted; more make preemption rarer.
+    """
+
+    token_budget: jax.Array
+    watermark: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ServeState:
+    """A server's whole state (R rows, Q requests).
+
+    Attributes:
+        pool: the pages and who owns them.
+        owners: i32[R], the request that each row runs; Q: none.
+        requests: all there are.
+        policy: see `Policy`.
+        use: how the pool was used.
+        preemptions: i32[], times a running request had to give its pages back.
+        step_tokens: static, tokens that a step has room for.
+    """
+
+    pool: Pool
+    owners: jax.Array
+    requests: Requests
+    policy: Policy
+    use: PoolUse
+    preemptions: jax.Array
+    step_tokens: int = field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Places for requests, Q; as an owner: none."""
+        return self.requests.status.shape[0]
+
+
+def init_serve(
+    model: LanguageModel,
+    *,
+    num_pages: int,
+    page_size: int,
+    max_seqs: int,
+    max_requests: int,
+    max_tokens: int,
+    step_tokens: int,
+    max_stop_ids: int = 8,
+    watermark: int | None = None,
+    remember: bool = True,
+) -> ServeState:
+    """A server without requests.
+
+    Args:
+        model: see `step.LanguageModel`.
+        num_pages: pages in the pool.
+        page_size: tokens per page.
+        max_seqs: R, requests that run at once.
+        max_requests: Q, requests that run, wait or have ended unread.
+        max_tokens: L, of a request, prompt and generated.
+        step_tokens: tokens that a step has room for, at least ``max_seqs``; also the token budget.
+        max_stop_ids: S, tokens that may end a request.
+        watermark: see `Policy`; a hundredth of the pages by default.
+        remember: with a prefix cache.
+
+    Raises:
+        ValueError: a size is not a positive integer, or too small for another.
+    """
+    sizes = {"max_requests": max_requests, "max_tokens": max_tokens, "max_stop_ids": max_stop_ids}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+    if step_tokens < max_seqs:
+        raise ValueError(f"{step_tokens=} must be at least {max_seqs=}: a token for every row")
+    if max_requests < max_seqs:
+        raise ValueError(f"{max_requests=} must be at least {max_seqs=}: rows run requests")
+    pool = init_pool(
+        model.init_cache(num_pages=num_pages, page_size=page_size),
+        max_seqs=max_seqs,
+        max_pages_per_seq=-(-max_tokens // page_size),
+        remember=remember,
+    )
+
+    def zeros() -> jax.Array:  # each field its own array, or they could not all be donated
+        return jnp.zeros((max_requests,), jnp.int32)
+
+    requests = Requests(
+        status=zeros(),
+        priority=zeros(),
+        arrival=zeros(),
+        prompt_len=zeros(),
+        num_tokens=zeros(),
+        max_new_tokens=zeros(),
+        stop_ids=jnp.full((max_requests, max_stop_ids), -1, jnp.int32),
+        salt=zeros(),
+        sampling=row_sampling([], max_requests),
+        tokens=jnp.zeros((max_requests, max_tokens), jnp.int32),
+        logprobs=jnp.zeros((max_requests, max_tokens), jnp.float32),
+    )
+    watermark = num_pages // 100 if watermark is None else watermark
+    return ServeState(
+        pool=pool,
+        owners=jnp.full((max_seqs,), max_requests, jnp.int32),
+        requests=requests,
+        policy=Policy(token_budget=jnp.int32(step_tokens), watermark=jnp.int32(watermark)),
+        use=jax.tree.map(jnp.array, no_use()),
+        preemptions=jnp.zeros((), jnp.int32),
+        step_tokens=step_tokens,
+    )
+
+
+def new_request(
+    state: ServeState,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    arrival: int,
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+    stop_ids: Sequence[int] = (),
+    priority: int = 0,
+    salt: int = 0,
+) -> Requests:
+    """One request, ready to be `put`; see `Requests`.
+
+    Raises:
+        TypeError: a sampling parameter is not a number.
+        ValueError: a sampling parameter is out of range, or something does not fit the state's
+            sizes.
+    """
+    longest, most = state.requests.tokens.shape[1], state.requests.stop_ids.shape[1]
+    if not prompt or max_new_tokens < 0 or len(prompt) + max_new_tokens > longest:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens with {max_new_tokens=} must have at least one token "
+            f"and is limited to {longest} in all (max_tokens)"
+        )
+    if len(stop_ids) > most:
+        raise ValueError(f"{len(stop_ids)} tokens end the request: at most {most} (max_stop_ids)")
+    line, ends = np.zeros(longest, np.int32), np.full(most, -1, np.int32)
+    line[: len(prompt)], ends[: len(stop_ids)] = prompt, stop_ids
+    return Requests(
+        status=jnp.int32(Status.RUNNING if max_new_tokens else Status.LENGTH),
+        priority=jnp.int32(priority),
+        arrival=jnp.int32(arrival),
+        prompt_len=jnp.int32(len(prompt)),
+        num_tokens=jnp.int32(len(prompt)),
+        max_new_tokens=jnp.int32(max_new_tokens),
+        stop_ids=jnp.asarray(ends),
+        salt=jnp.int32(salt),
+        sampling=jax.tree.map(lambda column: column[0], row_sampling([sampling], 1)),
+        tokens=jnp.asarray(line),
+        logprobs=jnp.zeros((longest,), jnp.float32),
+    )
+
+
+def put(requests: Requests, place: jax.Array, request: Requests) -> Requests:
+    """Put a request in a place i32[] whose request has ended (or `EMPTY`)."""
+    return jax.tree.map(lambda all_, one: all_.at[place].set(one), requests, request)
+
+
+def stop(state: ServeState, mask: jax.Array, *, scrub: bool = False) -> ServeState:
+    """End requests bool[Q] from outside; those that have ended already stay as they are.
+
+    Args:
+        state: donate it to the enclosing jit.
+        mask: bool[Q].
+        scrub: static; zero the pages that nobody holds any more.
+    """
+    status = state.requests.status
+    mask = mask & (status == Status.RUNNING)
+    status = jnp.where(mask, jnp.int32(Status.STOP), status)
+    rows = mask.at[state.owners].get(mode="fill", fill_value=False)
+    return replace(
+        state,
+        pool=release_rows(state.pool, rows, scrub=scrub),
+        owners=jnp.where(rows, state.capacity, state.owners),
+        requests=replace(state.requests, status=status),
+    )

@@ -1,0 +1,176 @@
+"""One step of a server, and many: admit, make way, run, sample, end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from paxattn.decode_step import Status, take_in
+from paxattn.page_table import release, token_rows
+from paxattn.pool import Pool, remember_rows, with_table
+from paxattn.sampling import LogitsProcessor, sample
+from paxattn.serving.schedule import admit, make_way, of_rows, tokens_left
+from paxattn.serving.state import ServeState
+from paxattn.step import LanguageModel, run_tokens
+
+
+def serve_step(
+    model: LanguageModel,
+    state: ServeState,
+    *,
+    logits_processor: LogitsProcessor | None = None,
+    scrub: bool = False,
+) -> ServeState:
+    """Run the next tokens of the requests whose turn it is, prompts and decoding in one batch.
+
+    A request's tokens are those that `generate` gives for it alone: sampling draws from its seed
+    and the token's place only, whatever the company, the chunks and the interruptions.
+
+    Args:
+        model: see `LanguageModel`.
+        state: donate it to the enclosing jit.
+        logits_processor: see `sampling.sample`; one for all requests.
+        scrub: static; zero the pages that requests give back before anyone can take them.
+    """
+    state, q_lens = make_way(admit(state), scrub=scrub)
+    complete = (q_lens > 0) & (q_lens == tokens_left(state))
+    pool, hidden = run_step(model, state, q_lens)
+    state = replace(state, pool=pool)
+
+    requests = state.requests
+    # An idle row is given the last request's parameters, and nobody reads what comes of it.
+    owned = jax.tree.map(lambda field: field.at[state.owners].get(mode="clip"), requests.sampling)
+    num_tokens = of_rows(state, requests.num_tokens)
+    num_generated = num_tokens - of_rows(state, requests.prompt_len)
+    logits = model.logits(hidden)
+    penalized = jnp.any(complete & (owned.repetition_penalty != 1.0))
+    seen = lax.cond(
+        penalized,
+        lambda: tokens_seen(state, vocab_size=logits.shape[-1]),
+        lambda: jnp.zeros(logits.shape, bool),
+    )
+    token, logprob = sample(logits, owned, num_generated, seen, logits_processor)
+    return record(state, token, logprob, complete, scrub=scrub)
+
+
+def run_step(model: LanguageModel, state: ServeState, q_lens: jax.Array) -> tuple[Pool, jax.Array]:
+    """Run ``q_lens`` i32[R] tokens; the pool, and hidden states ``[R, hidden]`` of the last ones.
+
+    When every row runs one token at most, as it mostly is, nothing is computed for the rest of
+    ``step_tokens``: that would be most of the work.
+    """
+    ends = jnp.cumsum(q_lens)
+
+    def run(pool: Pool, *, num_tokens: int, max_q_len: int) -> tuple[Pool, jax.Array]:
+        rows, offsets, _ = token_rows(q_lens, num_tokens)
+        place = pool.table.kv_lens.at[rows].get(mode="fill", fill_value=0) + offsets
+        owner = state.owners.at[rows].get(mode="fill", fill_value=state.capacity)
+        tokens = state.requests.tokens.at[owner, place].get(mode="fill", fill_value=0)
+        pool, hidden = run_tokens(model, pool, tokens, q_lens, live=q_lens > 0, max_q_len=max_q_len)
+        return pool, hidden[jnp.maximum(ends - 1, 0)]
+
+    num_rows = state.owners.size
+    wide = partial(run, num_tokens=state.step_tokens, max_q_len=state.step_tokens)
+    narrow = partial(run, num_tokens=num_rows, max_q_len=1)
+    some = jnp.any(q_lens > 1)
+    hidden = jax.eval_shape(narrow, state.pool)[1]
+    done = state.pool, jnp.zeros(hidden.shape, hidden.dtype)
+    return run_if(~some, narrow, run_if(some, wide, done))
+
+
+def run_if(
+    condition: jax.Array,
+    run: Callable[[Pool], tuple[Pool, jax.Array]],
+    done: tuple[Pool, jax.Array],
+) -> tuple[Pool, jax.Array]:
+    """``run(done[0])`` if the condition holds, else ``done``.
+
+    A loop of one turn at most, because XLA works in place in loops: of what goes through a
+    `lax.cond` it makes copies, and the pool is nearly all of a machine's memory.
+    """
+
+    def body(carry: tuple) -> tuple:
+        return jnp.bool_(False), run(carry[1][0])
+
+    return lax.while_loop(lambda carry: carry[0], body, (condition, done))[1]
+
+
+def tokens_seen(state: ServeState, *, vocab_size: int) -> jax.Array:
+    """The tokens of each row's request so far, bool[R, V], read from its line."""
+    requests = state.requests
+    lines = requests.tokens.at[state.owners].get(mode="clip")
+    place = jnp.arange(lines.shape[1], dtype=jnp.int32)
+    known = jnp.where(place < of_rows(state, requests.num_tokens)[:, None], lines, vocab_size)
+    seen = jnp.zeros((state.owners.size, vocab_size), bool)
+    return seen.at[jnp.arange(state.owners.size)[:, None], known].set(True, mode="drop")
+
+
+def record(
+    state: ServeState, token: jax.Array, logprob: jax.Array, complete: jax.Array, *, scrub: bool
+) -> ServeState:
+    """Take down the new tokens i32[R] of ``complete`` rows, and end the requests that are through.
+
+    The prefix cache learns what a row has stored when its prompt is complete, so that others can
+    begin with it while it runs, and again when the request ends.
+    """
+    requests = state.requests
+    num_tokens = of_rows(state, requests.num_tokens)
+    num_generated = num_tokens - of_rows(state, requests.prompt_len)
+    _, status = take_in(
+        token[:, None],
+        complete.astype(jnp.int32),
+        num_generated=num_generated,
+        max_new_tokens=of_rows(state, requests.max_new_tokens),
+        stop_ids=requests.stop_ids.at[state.owners].get(mode="fill", fill_value=-1),
+    )
+    status = jnp.where(complete, status, jnp.int32(Status.RUNNING))
+    owners = jnp.where(complete, state.owners, state.capacity)
+    ended = status != Status.RUNNING
+    pool = remember_rows(state.pool, ended | (complete & (num_generated == 0)))
+    return replace(
+        state,
+        pool=with_table(pool, release(pool.table, ended), scrub=scrub),
+        owners=jnp.where(ended, state.capacity, state.owners),
+        requests=replace(
+            requests,
+            status=requests.status.at[owners].set(status, mode="drop"),
+            num_tokens=requests.num_tokens.at[owners].add(1, mode="drop"),
+            tokens=requests.tokens.at[owners, num_tokens].set(token, mode="drop"),
+            logprobs=requests.logprobs.at[owners, num_tokens].set(logprob, mode="drop"),
+        ),
+        use=state.use.after(state.pool.table),
+    )
+
+
+def serve(
+    model: LanguageModel,
+    state: ServeState,
+    steps: jax.Array,
+    *,
+    logits_processor: LogitsProcessor | None = None,
+    scrub: bool = False,
+) -> ServeState:
+    """Run ``steps`` i32[] steps, or fewer if all requests have ended; nothing waits for the host.
+
+    Args:
+        model: see `LanguageModel`.
+        state: donate it to the enclosing jit.
+        steps: as data.
+        logits_processor: see `sampling.sample`.
+        scrub: see `serve_step`.
+    """
+    last = state.use.num_steps + steps
+
+    def more(state: ServeState) -> jax.Array:
+        left = jnp.any(state.requests.status == Status.RUNNING)
+        return left & (state.use.num_steps < last)
+
+    def body(state: ServeState) -> ServeState:
+        return serve_step(model, state, logits_processor=logits_processor, scrub=scrub)
+
+    return lax.while_loop(more, body, state)
