@@ -16,6 +16,7 @@ from paxattn import loops, page_table
 from paxattn.generate import generate, stream
 from paxattn.kv_cache import KVCache
 from paxattn.models import Decoder, DecoderConfig
+from paxattn.ngram import NGram
 from paxattn.requests import prepare_requests
 from paxattn.sampling import SamplingParams
 
@@ -355,13 +356,19 @@ def test_repetition_penalty_counts_prompt_and_output():
         assert not set(completion.tokens) & set(completion.prompt_tokens)
 
 
-@pytest.mark.parametrize("scrub", [False, True])
-def test_the_whole_decode_loop_works_in_place(scrub):
-    requests = prepare_requests(MODEL, PROMPTS, **{**SHAPE, "num_pages": 4096})
+@pytest.mark.parametrize(
+    ("prompts", "draft", "scrub"),
+    [(PROMPTS, None, False), (PROMPTS * 2, NGram(num_tokens=3, branches=2), True)],
+    ids=["plain", "rows that share, trees of guesses, scrub"],
+)
+def test_the_whole_decode_loop_works_in_place(prompts, draft, scrub):
+    num_pages = 2**14
+    options = {**SHAPE, "num_pages": num_pages, "draft": draft}
+    requests = prepare_requests(MODEL, prompts, **options)
     state = jax.eval_shape(
         partial(loops.start, sizes=requests.sizes, scrub=scrub),
         MODEL,
-        None,
+        draft,
         None,
         requests.packed,
         requests.prompt_lens,
@@ -369,9 +376,11 @@ def test_the_whole_decode_loop_works_in_place(scrub):
         requests.stop_ids,
         requests.sampling,
     )
-    lowered = loops.go_on.lower(MODEL, None, state, np.int32(1), logits_processor=None, scrub=scrub)
+    lowered = loops.go_on.lower(
+        MODEL, draft, state, np.int32(1), logits_processor=None, scrub=scrub
+    )
     memory = lowered.compile().memory_analysis()
-    pool = state.pool.cache.bytes_per_page * 4096
+    pool = getattr(state, "decode", state).pool.cache.bytes_per_page * num_pages
     assert memory.alias_size_in_bytes > pool
     assert memory.temp_size_in_bytes < pool / 20
 
