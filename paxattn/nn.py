@@ -168,7 +168,8 @@ class PagedAttention(nnx.Module):
         head_dim: elements per head; ``hidden_size / num_heads`` by default.
         qkv_bias: the query, key and value projections have a bias.
         out_bias: the output projection has one.
-        rope: a `Rope`, any function ``(x[T, H, head_dim], positions[T]) -> x``, or None.
+        rope: a `Rope`, any function ``(x[T, H, head_dim], positions[T]) -> x``, or None for no
+            rotary embedding; ``Rope()``, with a base of 10,000, by default.
         qk_norm: RMS-normalise queries and keys per head, before the rotation.
         norm_eps: added to the mean square in that.
         sliding_window: a token sees the last ``sliding_window`` tokens, itself included.
@@ -257,8 +258,17 @@ class PagedAttention(nnx.Module):
 
         Returns:
             (``[T, E]``, the cache with the new tokens in it).
+
+        Raises:
+            ValueError: x has another shape.
         """
         rope, positions = self.rope, batch.positions
+        wanted = (positions.size, self.q_proj.in_features)
+        if x.shape != wanted:
+            raise ValueError(
+                f"{x.shape=} must be {wanted}: the batch's packed tokens without a batch axis, and "
+                "hidden_size"
+            )
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).reshape(x.shape[0], -1, self.head_dim) for proj in projections)
         out, cache = attend_heads(

@@ -116,7 +116,7 @@ def test_no_row_is_chosen():
 def test_a_window_that_is_not_positive_is_none():
     case = Case(q_lens=(20,), kv_lens=(90,), **BF16, heads=(2, 1))
     inputs = cases.make(case)
-    check(inputs, run(inputs, sliding_window=np.int32(0)))
+    check(inputs, run(inputs, sliding_window=jnp.int32(0)))
 
 
 @interpreted

@@ -91,6 +91,17 @@ def test_a_cache_of_other_sizes_than_the_table_is_refused():
         ragged_step(None, pool, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
 
 
+@pytest.mark.parametrize("shape", [(18, 16), (17, 8), (1, 17, 16)])
+def test_input_of_another_shape_than_the_batch_and_the_layer(shape):
+    batch, _ = batches()
+    cache = init_kv_cache(num_layers=1, num_kv_heads=2, head_dim=8, **SIZES)
+    layer = PagedAttention(16, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"x.shape=.* must be \(17, 16\): the batch's packed tokens"
+    ):
+        layer(jnp.zeros(shape), cache, batch, 0)
+
+
 def test_rows_that_are_not_live_store_nothing():
     table = init_page_table(num_pages=3, page_size=4, max_seqs=2, max_pages_per_seq=2)
     held = jnp.array([2, 3], jnp.int32)

@@ -82,7 +82,7 @@ def test_what_cannot_be_built_is_passed_over_with_one_warning(table, changes):
 def test_a_damaged_table_is_an_error_that_names_it(table, text):
     table.parent.mkdir()
     table.write_text(text)
-    with pytest.raises(ValueError, match=r"not a table of tuned configs.*delete it") as error:
+    with pytest.raises(ValueError, match=r"not a table of tuned configs.*or delete it") as error:
         tunable.decode_config(rows=8, **HOPPER)
     assert str(table) in str(error.value)
     with pytest.raises(ValueError, match="not a table"):

@@ -125,8 +125,8 @@ def _read(path: Path, mtime: int, size: int) -> tuple[Entry, ...]:
                 raise TypeError("an entry's key and config must be objects")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is not a table of tuned configs ({type(error).__name__}: {error}): delete it, "
-            "and `paxattn bench --tune` writes a new one"
+            f"{path} is not a table of tuned configs ({type(error).__name__}: {error}): name "
+            "another, or delete it if it was one, and `paxattn bench --tune` writes it anew"
         ) from None
     return entries
 
