@@ -134,6 +134,8 @@ def dense_decode(model, cache, tokens, lens, params, seen):
             positions=lens + i,
             slots=jnp.zeros(BATCH, jnp.int32),
             max_q_len=1,
+            num_pages=1,
+            page_size=1,
         )
         hidden, cache = model(tokens, batch, cache, attend=dense_attend)
         tokens, _ = sample(model.logits(hidden), params, lens * 0 + i, seen)
