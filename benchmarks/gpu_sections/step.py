@@ -27,8 +27,9 @@ from paxattn import kv_cache, page_table
 from paxattn.decode_step import DecodeState, Status, decode
 from paxattn.kv_cache import KVCache
 from paxattn.models import Decoder, DecoderConfig
+from paxattn.pool import Pool, make_room
 from paxattn.sampling import SamplingParams, row_sampling, sample
-from paxattn.step import make_room, no_use
+from paxattn.step import no_use
 
 LLAMA_8B = DecoderConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
@@ -86,8 +87,12 @@ def make_state(config: DecoderConfig, batch: int, context: int, steps: int, dtyp
     draw = jax.jit(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))
     k, v = (draw(jax.random.key(i, impl="rbg")) for i in (0, 1))
     return DecodeState(
-        table=table,
-        cache=KVCache(k_pages=k, v_pages=v),
+        pool=Pool(
+            table=table,
+            cache=KVCache(k_pages=k, v_pages=v),
+            prefix=None,
+            salts=jnp.zeros(batch, jnp.int32),
+        ),
         status=jnp.full(batch, int(Status.RUNNING), jnp.int32),
         last_token=jnp.arange(batch, dtype=jnp.int32),
         num_generated=jnp.zeros(batch, jnp.int32),
@@ -97,16 +102,17 @@ def make_state(config: DecoderConfig, batch: int, context: int, steps: int, dtyp
         seen=jnp.zeros((batch, config.vocab_size), bool),
         tokens=jnp.zeros((batch, steps + 1), jnp.int32),
         logprobs=jnp.zeros((batch, steps + 1), jnp.float32),
-        use=jax.tree.map(lambda x: x + 0, no_use()),  # (to be donated: no array twice)
+        use=no_use(),
     )
 
 
 @partial(jax.jit, donate_argnums=0)
 def rewind(state: DecodeState, lens: jax.Array) -> DecodeState:
     """Back to the start, in the same pool."""
-    table, _ = page_table.truncate(state.table, lens)
+    table, _ = page_table.truncate(state.pool.table, lens)
+    pool = dataclasses.replace(state.pool, table=table)
     nothing = jnp.zeros_like(state.num_generated)
-    return dataclasses.replace(state, table=table, num_generated=nothing, use=no_use())
+    return dataclasses.replace(state, pool=pool, num_generated=nothing, use=no_use())
 
 
 def run(context: Context) -> None:
@@ -135,13 +141,12 @@ def _allocate(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeSta
     del model
     one = jnp.ones_like(state.status)
 
-    def body(_: jax.Array, held: tuple) -> tuple:
-        table, cache = held
-        table, cache, ok = make_room(table, cache, one, max_new_tokens=1)
-        return page_table.append(table, jnp.where(ok, one, 0))[0], cache
+    def body(_: jax.Array, pool: Pool) -> Pool:
+        pool, ok = make_room(pool, one, max_new_tokens=1)
+        table, _ = page_table.append(pool.table, jnp.where(ok, one, 0))
+        return dataclasses.replace(pool, table=table)
 
-    table, cache = lax.fori_loop(0, steps, body, (state.table, state.cache))
-    return dataclasses.replace(state, table=table, cache=cache)
+    return dataclasses.replace(state, pool=lax.fori_loop(0, steps, body, state.pool))
 
 
 @partial(jax.jit, donate_argnums=1)
@@ -179,7 +184,7 @@ def _parts(model, batch, stored, steps, dtype, read) -> dict:
                 times[name].append((time.perf_counter() - start) / steps * 1e3)
     ms = {name: statistics.median(taken) for name, taken in times.items()}
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) - model.embed[...].nbytes
-    num_bytes = weights + batch * (stored + steps / 2) * state.cache.bytes_per_token
+    num_bytes = weights + batch * (stored + steps / 2) * state.pool.cache.bytes_per_token
     parts = {
         "attention": ms["step"] - ms["no attention"],
         "write": ms["no attention"] - ms["no write"],
