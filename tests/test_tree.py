@@ -14,6 +14,7 @@ from test_speculative import DRAFT, REPEATS
 
 from paxattn import DraftModel, NGram, generate, stream
 from paxattn.attention import checks, choice
+from paxattn.attention.target import Target
 from paxattn.decode_step import Status
 from paxattn.kv_cache import KVCache
 from paxattn.sampling import SamplingParams
@@ -125,7 +126,7 @@ def test_ancestors_that_do_not_fit(options, message):
 
 def test_kernels_decline_by_name():
     inputs = cases.make(Case(q_lens=(3, 1), kv_lens=(5, 5), dtype="float16", max_q_len=3))
-    hopper = choice.Target(platform="gpu", device_kind="NVIDIA H200")
+    hopper = Target(platform="gpu", device_kind="NVIDIA H200")
     arrays = inputs.q, inputs.k_pages, inputs.v_pages
     request = checks.check(*arrays, **inputs.options, ancestors=np.ones(4, np.uint32))
     made = choice.consider(request, hopper, ("mosaic_gpu", "reference"))

@@ -12,6 +12,7 @@ import numpy as np
 from paxattn.attention import checks, choice
 from paxattn.attention.cascade import attend_shared
 from paxattn.attention.choice import AttentionSchedule, Explanation, Names
+from paxattn.attention.target import target_of
 from paxattn.shared_prefix import SharedPrefix
 
 
@@ -114,7 +115,7 @@ def paged_attention(
     elif fixed_split is not None:
         raise ValueError(f"{fixed_split=} belongs to the schedule: pass it to attention_schedule")
     else:
-        choice.check_schedule(schedule, request, implementation, choice.target_of(q))
+        choice.check_schedule(schedule, request, implementation, target_of(q))
     options: dict[str, Any] = dict(
         block_tables=block_tables,
         kv_lens=kv_lens,
@@ -284,4 +285,4 @@ def explain(
     checks.check_split(options.pop("fixed_split", None))
     options.pop("schedule", None)
     request = checks.check(q, k_pages, v_pages, **options)
-    return choice.consider(request, choice.target_of(q), implementation)
+    return choice.consider(request, target_of(q), implementation)

@@ -21,6 +21,7 @@ from jax import lax
 
 from paxattn.attention import cut
 from paxattn.attention.cut import Batch, Config, default_config
+from paxattn.attention.target import target_of
 from paxattn.attention.tiles import (
     Masking,
     attend_tiles,
@@ -43,11 +44,9 @@ def run(
     Returns:
         o and lse.
     """
-    from paxattn.attention import choice
-
     heads, page_size, head_dim = k_pages.shape[-3:]
     config = cut.choose_config(
-        device=choice.target_of(q).device_kind,
+        device=target_of(q).device_kind,
         dtype=q.dtype.name,
         max_q_len=options["max_q_len"],
         num_rows=options["kv_lens"].shape[0],

@@ -21,9 +21,8 @@ from paxattn.attention.choice import Names
 from paxattn.attention.measure import Workload
 from paxattn.attention.tuning import Entry, Question
 
-_WORTH = (
-    0.98  # a config is preferred to the heuristic's when it takes at most this much of its time
-)
+# A config is preferred to the heuristic's when it takes at most this much of its time.
+_WORTH = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,22 +214,27 @@ def pick(
     asked = _asked.get()
     if asked is not None:
         asked.append(question)
-    place = question.entry(default).place
-    found = [entry for entry in entries() if entry.place == place]
-    if not found:
+    entry = find(question)
+    if entry is None:
         return default
-    config = fitting(found[-1], question)
+    config = fitting(entry, question)
     if config is None:
-        if place not in _warned:
-            _warned.add(place)
+        if entry.place not in _warned:
+            _warned.add(entry.place)
             warnings.warn(
-                f"the tuned config {dict(found[-1].config)} of {kernel} for {dict(key)} on "
+                f"the tuned config {dict(entry.config)} of {kernel} for {dict(key)} on "
                 f"{device} is none that this version can be built with, so its heuristic chooses: "
                 "run `paxattn bench --tune` again",
                 stacklevel=2,
             )
         return default
     return config
+
+
+def find(question: Question) -> Entry | None:
+    """The entry that answers a question, if a table has one."""
+    place = question.entry(question.default).place
+    return next((entry for entry in reversed(entries()) if entry.place == place), None)
 
 
 def fitting(entry: Entry, question: Question) -> Any | None:

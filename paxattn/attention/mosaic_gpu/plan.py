@@ -19,6 +19,7 @@ from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
 from paxattn.attention.mosaic_gpu.config import Config
 from paxattn.attention.mosaic_gpu.prefill_tiles import Tiles
 from paxattn.attention.schedule import Schedule, schedule_decode
+from paxattn.page_table import token_rows
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +89,7 @@ def plan_batch(
     """
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     short, long = q_lens <= short_q_len, None
+    rows, offsets, active = token_rows(q_lens, request.num_tokens)
     if prefill is not None:
         group = request.num_q_heads // request.num_kv_heads
         tiles = prefill_tiles.cut(
@@ -120,16 +122,12 @@ def plan_batch(
         num_cores=decode.num_cores,
         split=None if decode.split is None else decode.split // decode.block_kv,
     )
-    token = jnp.arange(request.num_tokens, dtype=jnp.int32)
-    row = jnp.sum(cu_q_lens[1:] <= token[:, None], axis=1, dtype=jnp.int32)
-    inside = row < request.num_rows
-    row = jnp.where(inside, row, 0)
-    place = jnp.clip(token - cu_q_lens[row], 0, short_q_len - 1)
-    served = inside & ((q_lens > 0) & (kv_lens > 0))[row]
+    rows = jnp.where(active, rows, 0)
+    served = active & ((q_lens > 0) & (kv_lens > 0))[rows]
     return Plan(
         short=ShortRows(
             schedule=schedule,
-            place=row * short_q_len + place,
+            place=rows * short_q_len + jnp.minimum(offsets, short_q_len - 1),
             served=served,
             max_q_len=short_q_len,
             config=decode,

@@ -19,9 +19,9 @@ from paxattn.attention.mosaic_gpu.config import (
     packed_rows,
     short_q_len,
 )
+from paxattn.attention.target import Target
 
 if TYPE_CHECKING:
-    from paxattn.attention.choice import Target
     from paxattn.attention.mosaic_gpu.plan import Plan
 
 _HOPPER = re.compile(r"\b(GH200|H200|H100|H800|H20)\b")
