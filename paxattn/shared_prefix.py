@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn.page_table import token_rows
 from paxattn.page_table.pages import pages_for, running_sum, varying_like
 
 # A group is computed in tiles for many queries, which cost the same however few fill them: fewer
@@ -94,8 +95,7 @@ def find_shared_prefix(
 
     found = lax.cond(jnp.any(common > 0), look, nothing)
     pays, tables, lens, starts, rest_tables, rest_lens, shares = found
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    row = jnp.sum(cu_q_lens[1:] <= token[:, None], axis=1, dtype=jnp.int32)
+    row, _, _ = token_rows(q_lens, num_tokens)
     return SharedPrefix(
         pays=pays,
         members=shares.at[row].get(mode="fill", fill_value=False),

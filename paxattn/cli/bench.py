@@ -15,7 +15,7 @@ from rich.table import Table
 import paxattn
 from paxattn.attention import explain, measure, tune, tuning
 from paxattn.attention.measure import Workload
-from paxattn.cli.common import DTYPES, devices, fields
+from paxattn.cli.common import DTYPES, devices, fields, page_size_option
 from paxattn.display import Output
 
 _SHAPES = {
@@ -35,13 +35,7 @@ _SHAPES = {
 @click.argument("shapes", nargs=-1)
 @click.option("--heads", default="32/8", show_default=True, help="Query heads / KV heads.")
 @click.option("--head-dim", type=click.IntRange(1), default=128, show_default=True)
-@click.option(
-    "--page-size",
-    type=click.IntRange(1, 256),
-    default=16,
-    show_default=True,
-    help="Tokens per page.",
-)
+@page_size_option
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -179,8 +173,7 @@ def _configs(work: Workload, implementation: str | None) -> str:
     """Which configs serve, and whence they come."""
     found = []
     for question in tune.questions_of(work, implementation):
-        place = question.entry(question.default).place
-        entries = [entry for entry in tuning.entries() if entry.place == place]
-        config = tuning.fitting(entries[-1], question) if entries else None
-        found.append("heuristic" if config is None else f"tuned: {fields(entries[-1].config)}")
+        entry = tuning.find(question)
+        tuned = entry is not None and tuning.fitting(entry, question) is not None
+        found.append(f"tuned: {fields(entry.config)}" if entry and tuned else "heuristic")
     return ", ".join(dict.fromkeys(found))

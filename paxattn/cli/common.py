@@ -10,6 +10,13 @@ import click
 import jax
 
 DTYPES = ("float32", "bfloat16", "float16")
+page_size_option = click.option(
+    "--page-size",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Tokens per page.",
+)
 
 
 def devices() -> list[jax.Device]:

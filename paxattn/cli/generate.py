@@ -14,7 +14,7 @@ import platformdirs
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import paxattn
-from paxattn.cli.common import DTYPES, devices, not_empty
+from paxattn.cli.common import DTYPES, devices, not_empty, page_size_option
 from paxattn.display import Output, Report, Search, show_live, show_plain, summary
 from paxattn.generate import Stream, stream
 from paxattn.models import bundled, load
@@ -139,13 +139,7 @@ from paxattn.speculative import DraftModel, NGram
     type=click.Choice(DTYPES),
     help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
 )
-@click.option(
-    "--page-size",
-    type=click.IntRange(1, 256),
-    default=16,
-    show_default=True,
-    help="Tokens per page.",
-)
+@page_size_option
 @click.option(
     "--num-pages", type=click.IntRange(1), help="Pages in the pool.  [default: enough for all]"
 )

@@ -11,7 +11,7 @@ import click
 import jax
 from flax import nnx
 
-from paxattn.cli.common import DTYPES, devices, not_empty
+from paxattn.cli.common import DTYPES, devices, not_empty, page_size_option
 from paxattn.display import show_plan
 from paxattn.memory import plan as memory_plan
 from paxattn.models import Decoder, DecoderConfig
@@ -68,13 +68,7 @@ class Bytes(click.ParamType):
 @click.option(
     "--shared-prefix", type=click.IntRange(0), default=0, help="Tokens all share.  [default: 0]"
 )
-@click.option(
-    "--page-size",
-    type=click.IntRange(1, 256),
-    default=16,
-    show_default=True,
-    help="Tokens per page.",
-)
+@page_size_option
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
