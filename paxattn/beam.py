@@ -261,7 +261,7 @@ def beam_search(
 
     Args:
         model: see `step.LanguageModel`.
-        state: from `start_beams`; donate it to the enclosing jit.
+        state: after `step.prefill` of the first beams; donate it to the enclosing jit.
         logits_processor: see `sampling.sample`.
         scrub: see `beam_step`.
     """

@@ -161,17 +161,21 @@ class Engine:
             TypeError: an argument has a wrong type.
             ValueError: the request is malformed, or could not fit were it alone.
         """
-        ids, request, stops = self._prepared(prompt, options)
+        return self._submit(*self._prepared(prompt, options))
+
+    def _submit(self, ids: list[int], request: Requests, stops: Sequence[str]) -> int:
+        """Put a request that was prepared in a place; see `add_request`."""
         if None not in self._places:
             raise QueueFull(
                 f"all {len(self._places)} places are taken: step() until a request ends, or make "
                 "the engine with more max_requests"
             )
         place = self._places.index(None)
+        index, self._next_index = self._next_index, self._next_index + 1
+        request = replace(request, arrival=jnp.int32(index))
         requests = _put(self._state.requests, np.int32(place), request)
         self._state = replace(self._state, requests=requests)
         text = None if self._tokenizer is None else TextStream(self._tokenizer, stops, ids)
-        index, self._next_index = self._next_index, self._next_index + 1
         self._places[place] = _Asked(index=index, reading=Reading(index, text))
         return index
 
@@ -182,7 +186,6 @@ class Engine:
         return prepare_request(
             self._state,
             prompt,
-            arrival=self._next_index,
             vocab_size=self.model.config.vocab_size,
             tokenizer=self._tokenizer,
             **options,
@@ -264,18 +267,18 @@ class Engine:
             TypeError: an argument has a wrong type.
             ValueError: a request is malformed, or could not fit were it alone; none was run then.
         """
-        ids = [self._prepared(prompt, options)[0] for prompt in prompts]
+        ready = [self._prepared(prompt, options) for prompt in prompts]
         mine: dict[int, list[Delta]] = {}
         others: list[Delta] = []
         finished = 0
-        while finished < len(ids):
-            while len(mine) < len(ids) and None in self._places:
-                mine[self.add_request(ids[len(mine)], **options)] = []
+        while finished < len(ready):
+            while len(mine) < len(ready) and None in self._places:
+                mine[self._submit(*ready[len(mine)])] = []
             for delta in self.step():
                 mine.get(delta.index, others).append(delta)
                 finished += delta.index in mine and delta.finish_reason is not None
         self._pending = others + self._pending
-        return [completion(*own) for own in zip(ids, mine.values(), strict=True)]
+        return [completion(ids, own) for (ids, *_), own in zip(ready, mine.values(), strict=True)]
 
     def stats(self) -> EngineStats:
         """How things stand."""

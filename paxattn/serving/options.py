@@ -36,7 +36,6 @@ def prepare_request(
     state: ServeState,
     prompt: Prompt,
     *,
-    arrival: int,
     vocab_size: int,
     tokenizer: Tokenizer | None,
     max_new_tokens: int = 128,
@@ -47,6 +46,8 @@ def prepare_request(
     salt: int = 0,
 ) -> tuple[list[int], Requests, Sequence[str]]:
     """Check a request: the prompt's tokens, what goes to the device, and the stop strings.
+
+    Its ``arrival`` is for whoever puts it in a place to set.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -61,7 +62,6 @@ def prepare_request(
         state,
         ids,
         max_new_tokens=new,
-        arrival=arrival,
         sampling=sampling,
         stop_ids=stop_tokens(stop_token_ids, vocab_size),
         priority=int(priority),

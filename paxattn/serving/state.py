@@ -172,7 +172,7 @@ def init_serve(
         owners=jnp.full((max_seqs,), max_requests, jnp.int32),
         requests=requests,
         policy=Policy(token_budget=jnp.int32(step_tokens), watermark=jnp.int32(watermark)),
-        use=jax.tree.map(jnp.array, no_use()),
+        use=no_use(),
         preemptions=jnp.zeros((), jnp.int32),
         step_tokens=step_tokens,
     )
@@ -183,7 +183,7 @@ def new_request(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    arrival: int,
+    arrival: int = 0,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
     stop_ids: Sequence[int] = (),
     priority: int = 0,
