@@ -35,11 +35,7 @@ def plan(q_lens, *, num_tokens, max_q_len, steps, page_size, num_pages):
     return prefill, decode
 
 
-# Each model is compiled for a few small steps: spend less on optimising machine code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@partial(jax.jit, static_argnames=("page_size", "num_pages", "attend"), compiler_options=QUICK)
+@partial(jax.jit, static_argnames=("page_size", "num_pages", "attend"))
 def run(decoder, tokens, forced, prefill, decode, cache=None, attend=None, **sizes):
     """Hidden states and logits of the prefill, logits of every decode step, and the last cache."""
     options = {} if attend is None else {"attend": attend}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from make_fixtures import FAMILIES, FIXTURES
-from model_steps import QUICK, plan, teacher_forced
+from model_steps import plan, teacher_forced
 
 from paxattn.models import Decoder, DecoderConfig, load
 from paxattn.models.decoder import project
@@ -143,7 +143,6 @@ def test_separate_storage_copies_no_weights():
     model = numpy_decoder(replace(SMALL, intermediate_size=400), stacked=False)
     step = jax.jit(
         lambda m, *args: m(*args, attend=lambda q, k, v, cache, batch, **_: (q, cache)),
-        compiler_options=QUICK,
     )
     compiled = step.lower(model, np.zeros(8, np.int32), batch, model.init_cache(**sizes)).compile()
     # What instructions produce an array as large as one of the MLP's matrices?
@@ -185,7 +184,7 @@ def test_half_precision():
     batch, _ = plan(lens, num_tokens=64, max_q_len=33, steps=64, **sizes)
     cache = model.init_cache(**sizes)
     packed = np.concatenate([*prompts, [0] * 7]).astype(np.int32)
-    step = jax.jit(lambda model, *args: model(*args), compiler_options=QUICK)
+    step = jax.jit(lambda model, *args: model(*args))
     hidden, _ = step(model, packed, batch, cache)
     logits = model.logits(hidden)
     for array, dtype in ((model.embed[...], "bfloat16"), (cache.k_pages, "bfloat16")):

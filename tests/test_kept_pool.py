@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_steps import QUICK
 
 from paxattn import DraftModel, KeptPool, NGram, generate, loops, page_table, prefix_cache, stream
 from paxattn.kv_cache import KVCache
@@ -79,24 +78,8 @@ def checked(kept, num_pages=PAGES):
     return int(held.sum())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    """Each loop runs for a few small steps: spend less on optimising machine code."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, donated, static in (
-            ("start", "pool", ("sizes", "scrub")),
-            ("go_on", "state", ("logits_processor", "scrub")),
-            ("search", "pool", ("sizes", "logits_processor", "scrub")),
-        ):
-            plain = getattr(loops, name).__wrapped__
-            patch.setattr(loops, name, jax.jit(
-                plain, donate_argnames=(donated,), static_argnames=static, compiler_options=QUICK
-            ))  # fmt: skip
-        yield
-
-
 @pytest.fixture(scope="module")
-def plain(quickly):
+def plain():
     return generate(MODEL, PROMPTS, **PLAIN, **SAMPLED)
 
 

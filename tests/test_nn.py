@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_steps import QUICK, plan
+from model_steps import plan
 
 from paxattn.kv_cache import init_kv_cache
 from paxattn.nn import PagedAttention, attend, rms_norm
@@ -63,7 +63,7 @@ def test_attend_writes_and_reads_through_the_table():
     q, k, v = (normal(seed, (17, heads, 8)) for seed, heads in enumerate((4, 2, 2)))
     batch, _ = batches()
     cache = init_kv_cache(num_layers=2, num_kv_heads=2, head_dim=8, dtype=jnp.float32, **SIZES)
-    step = jax.jit(lambda *args: attend(*args, layer=1, sliding_window=6), compiler_options=QUICK)
+    step = jax.jit(lambda *args: attend(*args, layer=1, sliding_window=6))
     out, cache = step(q, k, v, cache, batch)
     parts = zip(*map(rows_of, (out, q, k, v)), strict=True)
     for found, *qkv in parts:
@@ -178,7 +178,7 @@ def test_layers_in_a_users_model():
     )
     x, new = normal(1, (17, 16)), normal(2, (STEPS, 3, 16))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(model, x, new, caches):
         out, caches = model(x, caches, prefill)
         _, outs = jax.lax.scan(
@@ -203,7 +203,7 @@ def test_layer_is_differentiable():
     cache = init_kv_cache(num_layers=1, num_kv_heads=2, head_dim=4, dtype=jnp.float32, **SIZES)
     x = normal(1, (17, 8))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     @jax.value_and_grad
     def loss(x):
         return jnp.sum(jnp.sin(layer(x, cache, batch, 0)[0]))
@@ -222,7 +222,7 @@ def test_any_function_can_be_the_position_embedding():
     batch, _ = batches()
     cache = init_kv_cache(num_layers=1, num_kv_heads=2, head_dim=4, dtype=jnp.float32, **SIZES)
     x = normal(1, (17, 8))
-    out, _ = jax.jit(layer.__call__, compiler_options=QUICK)(x, cache, batch, 0)
+    out, _ = jax.jit(layer.__call__)(x, cache, batch, 0)
     values = layer.v_proj(x)[:5]  # all keys alike: the mean of the values
     mean = np.cumsum(values, axis=0) / np.arange(1, 6)[:, None]
     np.testing.assert_allclose(out[:5], layer.o_proj(jnp.asarray(mean)), atol=1e-5)
