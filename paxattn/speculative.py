@@ -284,8 +284,8 @@ def speculative_step(
         decode=decode,
         history=history,
         pool=own,
-        drafted=state.drafted + jnp.sum(tested & (live & ok)[:, None]),
-        accepted=state.accepted + jnp.sum(jnp.where(live & ok, kept, 0)),
+        drafted=state.drafted + jnp.sum(tested & (live & ok)[:, None], dtype=jnp.int32),
+        accepted=state.accepted + jnp.sum(jnp.where(live & ok, kept, 0), dtype=jnp.int32),
     )
 
 
