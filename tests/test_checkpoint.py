@@ -14,6 +14,7 @@ from make_fixtures import FIXTURES
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from paxattn.models import CheckpointError, GenerationConfig, bundled, load
 from paxattn.models.config import config_from_dict, read_json
@@ -478,6 +479,13 @@ def test_no_config(directory):
 def test_tokenizer(directory):
     tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.save(str(directory / "tokenizer.json"))
+    assert load(directory).tokenizer.encode("b").ids == [1]
+    # Left in the file by training; transformers ignores it too.
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert load(directory).tokenizer.encode("b a b").ids == [1, 0, 1]
     assert load(directory).tokenizer.encode("b").ids == [1]
     vocab_size = load(directory).config.vocab_size
     tokenizer.add_tokens([f"t{i}" for i in range(2, vocab_size + 1)])

@@ -267,6 +267,9 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
+    # As in transformers: what the file says about batches for training would cut prompts short.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if last >= vocab_size:
         raise CheckpointError(
