@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, slot_mapping, token_rows
+from paxattn.page_table.inputs import as_integers, as_mask
 from paxattn.shared_prefix import SharedPrefix, find_shared_prefix
 from paxattn.tree import Tree, tree_arrays
 
@@ -62,11 +64,11 @@ class RaggedBatch:
 
 def ragged_batch(
     table: PageTable,
-    q_lens: jax.Array,
+    q_lens: ArrayLike,
     *,
     num_tokens: int,
     max_q_len: int | None = None,
-    live: jax.Array | None = None,
+    live: ArrayLike | None = None,
     tree: Tree | None = None,
 ) -> RaggedBatch:
     """Describe a step that adds ``q_lens[r]`` tokens to row ``r``.
@@ -83,20 +85,23 @@ def ragged_batch(
         tree: static; a row's new tokens are the first so many nodes of this tree. None: a chain.
 
     Raises:
-        ValueError: ``max_q_len`` is not in ``1..num_tokens``.
+        ValueError: ``max_q_len`` is not in ``1..num_tokens``, or ``q_lens`` or ``live`` is not one
+            integer or boolean per row.
     """
     max_q_len = num_tokens if max_q_len is None else max_q_len
     if not 1 <= max_q_len <= num_tokens:
         raise ValueError(f"{max_q_len=} must be between 1 and {num_tokens=}")
+    q_lens = as_integers("q_lens", q_lens, (table.max_seqs,))
     rows, offsets, active = token_rows(q_lens, num_tokens)
     slots = slot_mapping(table, q_lens, num_tokens)
     stored = q_lens
     if live is not None:
+        live = as_mask("live", live, q_lens.shape)
         stored = jnp.where(live, q_lens, 0)
-        outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=slots.dtype)
+        outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=jnp.int32)
         slots = jnp.where(live[rows], slots, outside)
     first = jnp.zeros_like(q_lens, shape=(1,))
-    cu_q_lens = jnp.concatenate([first, jnp.cumsum(q_lens, dtype=q_lens.dtype)])
+    cu_q_lens = jnp.concatenate([first, jnp.cumsum(q_lens, dtype=jnp.int32)])
     kv_lens = table.kv_lens + stored
     ancestors, shared = None, None
     if tree is not None:

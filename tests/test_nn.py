@@ -231,11 +231,11 @@ def test_any_function_can_be_the_position_embedding():
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
-        ((0, 2), {}, "hidden_size=0, num_heads=2, num_kv_heads=2 must be positive"),
-        ((8, 2), dict(num_kv_heads=0), "num_kv_heads=0 must be positive"),
+        ((0, 2), {}, "hidden_size=0 must be an integer of at least 1"),
+        ((8, 2), dict(num_kv_heads=0), "num_kv_heads=0 must be an integer of at least 1"),
         ((8, 4), dict(num_kv_heads=3), "num_heads=4 must be a multiple of num_kv_heads=3"),
         ((9, 2), {}, "hidden_size=9 is no multiple of num_heads=2: pass head_dim"),
-        ((8, 2), dict(head_dim=0), "head_dim=0 must be positive"),
+        ((8, 2), dict(head_dim=0), "head_dim=0 must be an integer of at least 1"),
         ((8, 2), dict(head_dim=5), "head_dim=5 must be even"),
     ],
 )
