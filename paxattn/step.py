@@ -8,7 +8,7 @@ for which no page is left is reported and left as it was, and the others go on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,19 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Turn hidden states ``[K, hidden]`` into f32[K, vocab_size]."""
+
+
+def check_model(name: str, model: Any) -> None:
+    """Check that a model is one, as far as can be seen.
+
+    Raises:
+        TypeError: it has not what a `LanguageModel` has.
+    """
+    if not callable(model) or not hasattr(model, "init_cache") or not hasattr(model, "logits"):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}: must be a Decoder, such as the .model of what "
+            "load() returns, or another step.LanguageModel"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -233,7 +246,7 @@ def prefill(
         pool = share(pool, prompts.sources, common, ready, scrub=scrub)
         use = count_cached(use, jnp.where(ready, common - held, 0))
         todo = jnp.where(waits & ~ready, 0, left(pool, failed))
-        q_lens = jnp.clip(chunk - (jnp.cumsum(todo) - todo), 0, todo)
+        q_lens = jnp.clip(chunk - (jnp.cumsum(todo, dtype=jnp.int32) - todo), 0, todo)
         rows, offsets, _ = page_table.token_rows(q_lens, chunk)
         index = prompts.starts[rows] + pool.table.kv_lens[rows] + offsets
         tokens = prompts.tokens.at[index].get(mode="clip")
@@ -262,7 +275,7 @@ def share(
 
 def count_cached(use: PoolUse, tokens: jax.Array) -> PoolUse:
     """Add tokens i32[R] that need no computing."""
-    return replace(use, cached_tokens=use.cached_tokens + jnp.sum(tokens))
+    return replace(use, cached_tokens=use.cached_tokens + jnp.sum(tokens, dtype=jnp.int32))
 
 
 def first_only(mask: jax.Array) -> jax.Array:
