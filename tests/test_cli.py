@@ -224,6 +224,7 @@ def test_plan(monkeypatch, capfd):
     args = (*PLAN, "--dtype", "float16", "--max-len", "1024")
     code, out, err = in_process(*args, monkeypatch=monkeypatch, capfd=capfd)
     assert (code, err) == (0, "")
+    assert not any(line.endswith(" ") for line in out.splitlines())
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "KV per token 1,024 bytes (float16)" in lines
     assert "sequences 256 tokens each, at most 1,024" in lines
@@ -263,6 +264,7 @@ BAD = [
     (["generate", "-p", "x", "--page-size", "0"], "0 is not in the range 1<=x<=256"),
     (["generate", "-p", "x", "-n", "5000"], "more than the model's 2048 positions"),
     (["generate", "-p", ""], "prompt 1 is empty"),
+    (["generate", "-p", "x", "--draft-tokens", "2"], "--draft-branches need --draft"),
     (["generate", "-p", "x", "-m", "/no/such/place"], "/no/such/place: no such directory"),
     (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     (["generate", "-p", "x", "--nonsense"], "--nonsense"),

@@ -179,6 +179,8 @@ def generate(
         )
     if not num_beams and (length_penalty, early_stopping) != (1.0, "false"):
         raise click.UsageError("--length-penalty and --early-stopping need --num-beams")
+    if not draft and (draft_tokens, draft_branches) != (4, 1):
+        raise click.UsageError("--draft-tokens and --draft-branches need --draft")
     _use_compilation_cache()
     devices()
     if dtype is None and jax.default_backend() == "cpu":
