@@ -503,7 +503,7 @@ def test_tokenizer(directory):
 def test_generation_config(directory):
     edit_json(
         directory / "generation_config.json",
-        eos_token_id=[5, 7],
+        eos_token_id=[5, 7, 151645],  # the last is beyond the vocabulary
         bos_token_id=1,
         do_sample=True,
         temperature=0.6,
@@ -513,7 +513,7 @@ def test_generation_config(directory):
     checkpoint = load(directory)
     assert checkpoint.stop_token_ids == (5, 7)
     assert checkpoint.generation_config == GenerationConfig(
-        eos_ids=(5, 7), bos_id=1, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
+        eos_ids=(5, 7, 151645), bos_id=1, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
     )
 
 

@@ -40,6 +40,7 @@ PROMPTS = [RNG.integers(0, V, n).tolist() for n in (5, 1, 9, 16)]
 SAMPLING = [SamplingParams(temperature=2.0, top_p=0.95, seed=40 + i) for i in range(4)]
 # One set of shapes for most tests, so that they share what is compiled.
 SHAPE = {"page_size": 4, "num_pages": 48, "max_new_tokens": 12}
+TIGHT = {**SHAPE, "num_pages": 3}
 
 
 def tokens_of(generation):
@@ -138,26 +139,28 @@ class Poisoned(Decoder):
         return KVCache(k_pages=nan, v_pages=nan)
 
 
-def test_a_poisoned_pool_changes_no_bit(sampled):
-    poisoned = generate(Poisoned(CONFIG, rngs=nnx.Rngs(0)), PROMPTS, sampling=SAMPLING, **SHAPE)
-    assert poisoned == sampled
+def test_a_poisoned_pool_changes_no_bit(sampled, monkeypatch):
+    # The prompts are stored in such a pool; what decodes after that is compiled already.
+    poisoned = Poisoned(CONFIG, rngs=nnx.Rngs(0))
+    start = loops.start
+    monkeypatch.setattr(loops, "start", lambda _, *args, **kw: start(poisoned, *args, **kw))
+    assert generate(MODEL, PROMPTS, sampling=SAMPLING, **SHAPE) == sampled
 
 
 def test_a_poisoned_rest_of_the_pool_changes_no_bit_at_any_step(monkeypatch):
-    # 10 pages: rows end for want of pages, and what they give back is used by the others.
-    tight = {**SHAPE, "num_pages": 10}
-    expected = generate(MODEL, PROMPTS, **tight)
+    # 3 pages: rows end for want of pages, and what they give back is used by the others.
+    expected = generate(MODEL, PROMPTS, **TIGHT)
     free, reused = set(), set()
 
     def poison(state):
-        owned = np.zeros((10, 4), bool)
+        owned = np.zeros((3, 4), bool)
         table, cache = state.pool.table, state.pool.cache
         for pages, length in zip(table.block_tables, table.kv_lens, strict=True):
             for token in range(int(length)):
                 owned[pages[token // 4], token % 4] = True
         held = set(np.flatnonzero(owned.any(axis=1)).tolist())
         reused.update(free & held)
-        free.update(set(range(10)) - held if state.num_generated.any() else ())
+        free.update(set(range(3)) - held if state.num_generated.any() else ())
         owned = owned[None, :, None, :, None]
         cache = KVCache(
             k_pages=jnp.where(owned, cache.k_pages, jnp.nan),
@@ -167,7 +170,7 @@ def test_a_poisoned_rest_of_the_pool_changes_no_bit_at_any_step(monkeypatch):
 
     watch(monkeypatch, poison)
     tokens = [[] for _ in PROMPTS]
-    for delta in stream(MODEL, PROMPTS, **tight):
+    for delta in stream(MODEL, PROMPTS, **TIGHT):
         tokens[delta.index] += delta.tokens
     assert tokens == tokens_of(expected)
     assert reused
@@ -237,20 +240,26 @@ def test_the_pool_is_freed_at_the_end_by_closing_and_by_dropping(greedy):
     assert pools() == 0
 
 
-def test_out_of_pages_ends_only_those_affected(greedy):
-    # 10 pages of 4: the prompts take 2 + 1 + 3 + 4, so growing rows soon find none left.
-    tight = generate(MODEL, PROMPTS, **{**SHAPE, "num_pages": 10})
+def test_out_of_pages_ends_only_those_affected():
+    # The last prompt is larger than the pool. Of the others two lie in a page each, and the second
+    # row begins the third page, so that none is left for the third row, whose page is full. What it
+    # gives back goes to the first row, and so does the page of the second when that is full.
+    prompts = [RNG.integers(0, V, n).tolist() for n in (3, 1, 5, 16)]
+    new = [8, 12, 12, 12]
+    whole = generate(MODEL, prompts, **{**SHAPE, "max_new_tokens": new})
+    tight = generate(MODEL, prompts, **{**TIGHT, "max_new_tokens": new})
+    assert tokens_of(tight) == [
+        tokens[:n] for tokens, n in zip(tokens_of(whole), (8, 4, 0, 0), strict=True)
+    ]
     reasons = [completion.finish_reason for completion in tight.completions]
-    for completion, whole in zip(tight.completions, tokens_of(greedy), strict=True):
-        assert completion.tokens == whole[: len(completion.tokens)]
-    assert tight.stats.peak_pages == 10
-    # The first that finds no page ends; what it gives back lets others finish.
-    assert reasons == ["length", "out_of_pages", "length", "out_of_pages"]
+    assert reasons == ["length", "out_of_pages", "out_of_pages", "out_of_pages"]
+    assert tight.stats.peak_pages == 3
+    assert whole.stats.peak_pages <= tight.stats.enough_pages
 
 
 def test_a_prompt_larger_than_the_pool_takes_nothing_from_the_others(greedy):
     order = [3, 0, 2, 1]
-    small = generate(MODEL, [PROMPTS[i] for i in order], **{**SHAPE, "num_pages": 3})
+    small = generate(MODEL, [PROMPTS[i] for i in order], **TIGHT)
     assert small.completions[0].finish_reason == "out_of_pages"
     assert small.completions[0].tokens == []
     # All but the last tokens of the 5 and the 9 take three pages. Then the row that was 5 long is
@@ -263,20 +272,24 @@ def test_prefill_tries_again_until_no_row_waits():
     # The first takes all three pages. The others end one after the other, each in a step of its
     # own; then the first goes on to the end of its third page.
     prompts = [RNG.integers(0, V, n).tolist() for n in (9, 8, 8, 1)]
-    full = generate(MODEL, prompts, **{**SHAPE, "num_pages": 3})
+    full = generate(MODEL, prompts, **TIGHT)
     assert [len(completion.tokens) for completion in full.completions] == [4, 0, 0, 0]
     assert {completion.finish_reason for completion in full.completions} == {"out_of_pages"}
     assert full.stats.num_steps == 3 + 4
 
 
-def test_a_row_that_fails_in_the_middle_of_its_prompt_disturbs_nobody(greedy):
-    # In chunks of 3 tokens the 16 of the last prompt run out of pages half way.
-    tight = generate(MODEL, PROMPTS, prefill_chunk=3, **{**SHAPE, "num_pages": 6})
-    assert tight.completions[3].finish_reason == "out_of_pages"
-    assert tight.completions[3].tokens == []
-    for completion, whole in zip(tight.completions, tokens_of(greedy), strict=True):
-        assert completion.tokens == whole[: len(completion.tokens)]
-    assert any(len(completion.tokens) == 12 for completion in tight.completions)
+def test_a_row_that_fails_in_the_middle_of_its_prompt_disturbs_nobody():
+    # In chunks of 3 tokens the 12 of the third prompt run out of pages in the middle; the last one
+    # takes its page. The first finds none for its first new token, and then there are enough.
+    prompts = [RNG.integers(0, V, n).tolist() for n in (9, 1, 12, 4)]
+    new = [5, 4, 12, 5]
+    whole = generate(MODEL, prompts, **{**SHAPE, "max_new_tokens": new})
+    tight = generate(MODEL, prompts, prefill_chunk=3, **{**TIGHT, "max_new_tokens": new})
+    assert tokens_of(tight) == [
+        tokens[:n] for tokens, n in zip(tokens_of(whole), (0, 4, 0, 5), strict=True)
+    ]
+    reasons = [completion.finish_reason for completion in tight.completions]
+    assert reasons == ["out_of_pages", "length", "out_of_pages", "length"]
 
 
 def test_max_new_tokens_per_prompt_and_zero(greedy):

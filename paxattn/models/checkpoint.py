@@ -88,8 +88,8 @@ class Checkpoint:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: ``generation_config.eos_ids``."""
-        return self.generation_config.eos_ids
+        """Tokens that end a text: those of ``generation_config.eos_ids`` that there are."""
+        return tuple(i for i in self.generation_config.eos_ids if i < self.config.vocab_size)
 
 
 def bundled() -> Path:
