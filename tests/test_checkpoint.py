@@ -490,6 +490,9 @@ def test_tokenizer(directory):
     vocab_size = load(directory).config.vocab_size
     tokenizer.add_tokens([f"t{i}" for i in range(2, vocab_size + 1)])
     tokenizer.save(str(directory / "tokenizer.json"))
+    assert load(directory).tokenizer.encode(f"t{vocab_size}").ids == [vocab_size]
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab_size + 1)}, unk_token="t0"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     with fails(
         f"tokenizer.json: has token ids up to {vocab_size} ('t{vocab_size}'), but config.json says "
         f"vocab_size={vocab_size}; use the tokenizer that this model was trained with"
@@ -519,7 +522,7 @@ def test_generation_config(directory):
 
 def test_token_ids_from_config_json(directory):
     (directory / "generation_config.json").unlink()
-    edit_json(directory / "config.json", eos_token_id=9, bos_token_id=0)
+    edit_json(directory / "config.json", eos_token_id=9, bos_token_id=0, pad_token_id=-1)
     assert load(directory).generation_config == GenerationConfig(eos_ids=(9,), bos_id=0)
 
 
