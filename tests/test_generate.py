@@ -112,7 +112,7 @@ def test_prefill_in_small_chunks_gives_the_same(sampled):
     assert tokens_of(chunked) == tokens_of(sampled)
 
 
-@pytest.mark.parametrize("page_size", [1, 256])
+@pytest.mark.parametrize("page_size", [1, pytest.param(256, marks=pytest.mark.slow)])
 def test_page_size_does_not_matter(sampled, page_size):
     other = generate(MODEL, PROMPTS, sampling=SAMPLING, page_size=page_size, max_new_tokens=12)
     assert tokens_of(other) == tokens_of(sampled)
