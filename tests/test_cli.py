@@ -38,8 +38,8 @@ def in_process(*args, stdin=None, monkeypatch=None, capfd=None):
 
 
 def test_generate_from_standard_input():
-    text = "def \u00e9(x):\nclass A:\n\n"
-    out = run("generate", "-n", "8", "--page-size", "8", stdin=text, PYTHONIOENCODING="ascii")
+    text = "def \u20ac(x):\nclass A:\n\n"
+    out = run("generate", "-n", "8", "--page-size", "8", stdin=text, PYTHONIOENCODING="latin-1")
     assert out.returncode == 0, out.stderr
     assert "=== 1: def ?(x):" in out.stdout
     assert "=== 2: class A:" in out.stdout
