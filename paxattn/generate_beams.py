@@ -62,12 +62,12 @@ def generate_beams(
             logits_processor=requests.logits_processor,
             scrub=requests.scrub,
         )
+        bytes_per_page = pool.cache.bytes_per_page
     finally:
         if requests.kept is not None:
             requests.kept.put_back(pool, scrub=requests.scrub)
-    cache = jax.eval_shape(lambda: model.init_cache(num_pages=1, page_size=stats.page_size))
     stats = stats.after(
-        use, bytes_per_page=cache.bytes_per_page, max_positions=model.config.max_positions
+        use, bytes_per_page=bytes_per_page, max_positions=model.config.max_positions
     )
     status, hypotheses, running = jax.device_get((status, hypotheses, running))
     completions = []

@@ -124,7 +124,7 @@ def admit_rows(
     """
     if pool.prefix is None:
         return pool
-    width = pool.table.max_pages_per_seq * pool.table.page_size
+    width = min(pool.table.max_pages_per_seq * pool.table.page_size, prompts.size)
 
     def body(state: tuple) -> tuple:
         prefix, table, left = state

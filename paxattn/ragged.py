@@ -88,6 +88,8 @@ def ragged_batch(
     max_q_len = num_tokens if max_q_len is None else max_q_len
     if not 1 <= max_q_len <= num_tokens:
         raise ValueError(f"{max_q_len=} must be between 1 and {num_tokens=}")
+    if tree is not None and max_q_len > len(tree.parents):
+        raise ValueError(f"{max_q_len=} must be at most {len(tree.parents)}, the nodes of the tree")
     rows, offsets, active = token_rows(q_lens, num_tokens)
     slots = slot_mapping(table, q_lens, num_tokens)
     stored = q_lens

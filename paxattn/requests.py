@@ -343,7 +343,9 @@ def _check_draft(draft: Any, vocab_size: int) -> None:
     for name, value in numbers.items():
         if integer(f"draft.{name}", value) < 1:
             raise ValueError(f"draft.{name}={value} must be at least 1")
-    if draft.branches > 1 and 1 + draft.num_tokens * draft.branches > MOST_NODES:
+        if value > MOST_NODES:
+            raise ValueError(f"draft.{name}={value} must be at most {MOST_NODES}")
+    if 1 + draft.num_tokens * draft.branches > MOST_NODES:
         raise ValueError(
             f"draft.num_tokens={draft.num_tokens} with draft.branches={draft.branches} must be at "
             f"most {MOST_NODES - 1} guesses together: lower one of them"

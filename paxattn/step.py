@@ -61,15 +61,19 @@ class PoolUse:
     row_steps: jax.Array
     cached_tokens: jax.Array
 
+    def at_peak(self, table: PageTable) -> PoolUse:
+        """The same step, which held more pages for a while."""
+        held = table.num_pages - table.num_free
+        return replace(self, peak_pages=jnp.maximum(self.peak_pages, held))
+
     def after(self, table: PageTable) -> PoolUse:
         """One more step, which left this table."""
         held = table.num_pages - table.num_free
         return replace(
-            self,
+            self.at_peak(table),
             num_steps=self.num_steps + 1,
-            peak_pages=jnp.maximum(self.peak_pages, held),
             page_steps=self.page_steps + held.astype(jnp.float32),
-            token_steps=self.token_steps + jnp.sum(table.kv_lens).astype(jnp.float32),
+            token_steps=self.token_steps + jnp.sum(table.kv_lens.astype(jnp.float32)),
             row_steps=self.row_steps + jnp.sum(table.kv_lens > 0).astype(jnp.float32),
         )
 
@@ -220,7 +224,7 @@ def prefill(
     common = jnp.where(stored, prompts.common, 0)
     empty = (lens > 0) & (pool.table.kv_lens == 0)
     pool = admit_rows(pool, empty, prompts.tokens, prompts.starts, lens + 1)
-    use = count_cached(use, jnp.minimum(pool.table.kv_lens, lens))
+    use = count_cached(use, jnp.where(empty, pool.table.kv_lens, 0))
 
     def left(pool: Pool, failed: jax.Array) -> jax.Array:
         return jnp.where(failed, 0, jnp.maximum(lens - pool.table.kv_lens, 0))

@@ -217,21 +217,34 @@ class Sharing(RuleBasedStateMachine):
             totals.append(total)
         return totals
 
+    def need_none(self, plans, owned=()):
+        """Whether each row needs no page."""
+        return [
+            not plan or (not plan[0] and all(self.rows[r][j] in owned for j in plan[1]))
+            for r, plan in enumerate(plans)
+        ]
+
     def make_room_model(self, plans):
         holders, free = self.holders(), self.num_free()
         totals = self.totals(plans)
         if totals[-1] <= free:
             return
-        served = [total <= free + self.can_go() for total in totals]
+        fit = [total <= free + self.can_go() for total in totals]
+        served = [fine or alone for fine, alone in zip(fit, self.need_none(plans), strict=True)]
         alone = sum(holders[p] == 1 for p in self.nodes)
         shared = [p for p in self.nodes if holders[p] == 2]
-        cleared = [total <= free + alone for total in self.totals(plans, shared)]
+        cleared = [
+            total <= free + alone or none
+            for total, none in zip(
+                self.totals(plans, shared), self.need_none(plans, shared), strict=True
+            )
+        ]
         if any(c and not s for c, s in zip(cleared, served, strict=True)):
             self.seen["cleared for a row"] += 1
             self.counts["pages_evicted"] += len(self.nodes)
             self.nodes.clear()
             return
-        wanted = max([t for t, s in zip(totals, served, strict=True) if s], default=0) - free
+        wanted = max([t for t, s in zip(totals, fit, strict=True) if s], default=0) - free
         self.seen["evicted for a row"] += self.evict_model(max(0, wanted))
 
     def reserve_model(self, new, bound):

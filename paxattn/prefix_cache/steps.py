@@ -11,11 +11,12 @@ from jax.typing import ArrayLike
 
 from paxattn.page_table import PageTable, adopt, retain
 from paxattn.page_table.inputs import as_integers, as_mask
+from paxattn.page_table.pages import varying_like
 from paxattn.prefix_cache.chains import first_pages, link, next_pages, prefix_hashes
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
 from paxattn.prefix_cache.tokens import as_pages, row_tokens
 
-SIBLINGS = 32  # pages looked at, at most, for one that goes on with part of the tokens
+SIBLINGS = 256  # pages looked at, at most, for one that goes on with part of the tokens
 LAST_TICK = 2**30  # of the clock; beyond it, eviction goes by depth alone
 
 
@@ -70,6 +71,8 @@ def match(
     salt = as_integers("salt", salt, ())
     num_tokens = as_integers("num_tokens", num_tokens, ())
     tokens, num_tokens = as_pages(table, tokens, num_tokens)
+    everything = jax.tree.leaves((cache, tokens, num_tokens, salt))
+    tokens, num_tokens, salt = (varying_like(x, *everything) for x in (tokens, num_tokens, salt))
     hashes = prefix_hashes(tokens, salt)
     page_size = cache.page_size
     pages, num_found = find_run(cache, tokens, num_tokens // page_size, salt, hashes)
