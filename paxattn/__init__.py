@@ -16,9 +16,10 @@ from paxattn.nn import PagedAttention
 from paxattn.page_table import PageTable, init_page_table
 from paxattn.pool import Pool, init_pool
 from paxattn.ragged import RaggedBatch, ragged_batch
+from paxattn.requests import GenerateOptions
 from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
-from paxattn.serving import Engine
+from paxattn.serving import Engine, RequestOptions
 from paxattn.speculative import DraftModel, NGram
 from paxattn.step import ragged_step
 
@@ -34,6 +35,7 @@ __all__ = [
     "Delta",
     "DraftModel",
     "Engine",
+    "GenerateOptions",
     "Generation",
     "KVCache",
     "KeptPool",
@@ -42,6 +44,7 @@ __all__ = [
     "PagedAttention",
     "Pool",
     "RaggedBatch",
+    "RequestOptions",
     "SamplingParams",
     "Status",
     "Stream",

@@ -28,7 +28,7 @@ from jax import lax
 from paxattn import page_table
 from paxattn.decode_step import Status
 from paxattn.pool import Pool, make_room, release_rows, with_table
-from paxattn.sampling import LogitsProcessor
+from paxattn.sampling import LogitsProcessor, apply_processor
 from paxattn.step import LanguageModel, PoolUse, first_only, run_tokens
 
 # Below any sum of log-probabilities; finite, so that differences are.
@@ -235,9 +235,7 @@ def beam_step(
         live=live,
         max_q_len=1,
     )
-    logits = model.logits(hidden)
-    if logits_processor is not None:
-        logits = logits_processor(logits, state.running.lens.reshape(-1))
+    logits = apply_processor(logits_processor, model.logits(hidden), state.running.lens.reshape(-1))
     use = state.use.after(pool.table)
     state, parents = select(state, logits, stepped)
 

@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 from rich.console import Console, Group
@@ -24,6 +25,16 @@ _REFRESH_PER_SECOND = 12
 
 class Output(Console):
     """A console that leaves a closed pipe to `cli.main`; rich would exit with code 1."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Off a terminal, without the spaces that fill up a table's last column."""
+        if self.is_terminal:
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
+        self.file.flush()
 
     def on_broken_pipe(self) -> None:
         """Called while the error is handled: let it go on."""

@@ -18,7 +18,7 @@ import numpy as np
 from paxattn import loops
 from paxattn.decode_step import DecodeState, Status
 from paxattn.generate_beams import generate_beams
-from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
+from paxattn.requests import GenerateOptions, Prompt, Requests, positive, prepare_requests
 from paxattn.results import (
     Delta,
     Generation,
@@ -135,8 +135,7 @@ class Stream(Iterator[Delta]):
         self, model: Any, prompts: Sequence[Prompt], steps_per_read: int, options: GenerateOptions
     ) -> None:
         """See `stream`."""
-        if integer("steps_per_read", steps_per_read) < 1:
-            raise ValueError(f"{steps_per_read=} must be at least 1")
+        steps_per_read = min(positive("steps_per_read", steps_per_read), _NO_LIMIT)
         requests = prepare_requests(model, prompts, **options)
         self.prompts = requests.prompts
         self._reader = _Reader(model, requests)

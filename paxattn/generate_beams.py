@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from paxattn import loops
 from paxattn.beam import NEVER, Beams, EarlyStopping
 from paxattn.decode_step import Status
-from paxattn.requests import GenerateOptions, Prompt, Requests, integer, prepare_requests
+from paxattn.requests import GenerateOptions, Prompt, Requests, integer, positive, prepare_requests
 from paxattn.results import Completion, Generation, new_text, no_stats
 
 
@@ -34,13 +35,12 @@ def generate_beams(
     for name in ("sampling", "num_samples", "draft", "stop"):
         if options.get(name) is not None:
             raise ValueError(f"{name}= does not go with num_beams=: leave one of them out")
-    if integer("num_beams", num_beams) < 1:
-        raise ValueError(f"{num_beams=} must be at least 1")
+    num_beams = positive("num_beams", num_beams)
     if not 1 <= integer("num_return_sequences", num_return_sequences) <= num_beams:
         raise ValueError(f"{num_return_sequences=} must be between 1 and {num_beams=}")
-    if early_stopping is not False and early_stopping is not True and early_stopping != "never":
+    if not isinstance(early_stopping, bool | np.bool_) and early_stopping != "never":
         raise ValueError(f'{early_stopping=} must be False, True or "never"')
-    if not isinstance(length_penalty, int | float) or not abs(length_penalty) <= 100:
+    if not isinstance(length_penalty, Real) or not abs(length_penalty) <= 100:
         raise ValueError(f"{length_penalty=} must be a number between -100 and 100")
     grouped: GenerateOptions = {**options, "num_samples": num_beams}
     requests = prepare_requests(model, prompts, **grouped)

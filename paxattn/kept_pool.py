@@ -15,7 +15,7 @@ import numpy as np
 from paxattn.page_table.state import check_pool
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.prefix_cache import CacheStats
-from paxattn.step import LanguageModel
+from paxattn.step import LanguageModel, check_model
 
 
 class KeptPool:
@@ -49,8 +49,10 @@ class KeptPool:
             page_size: tokens per page, 1 to 256.
 
         Raises:
+            TypeError: the model is none.
             ValueError: a size is not a positive integer, or too large.
         """
+        check_model("model", model)
         self.model = model
         self.num_pages, self.page_size = check_pool(num_pages, page_size)
         self._in_use = False

@@ -108,18 +108,18 @@ def init_kv_cache(
         page_size: tokens per page, 1 to 256, as in the `PageTable` used with it.
         num_kv_heads: key/value heads per layer.
         head_dim: elements per head.
-        dtype: a floating point dtype.
+        dtype: float32, bfloat16 or float16, which is what attention reads.
 
     Raises:
         ValueError: a size is not a positive integer, `page_size` is above 256, the slots would
-            overflow int32, or the dtype is not floating point.
+            overflow int32, or the dtype is none of those.
     """
     num_pages, page_size = check_pool(num_pages, page_size)
     num_layers = check_positive("num_layers", num_layers)
     num_kv_heads = check_positive("num_kv_heads", num_kv_heads)
     head_dim = check_positive("head_dim", head_dim)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be floating point, such as bfloat16")
+    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be float32, bfloat16 or float16")
     shape = num_layers, num_pages, num_kv_heads, page_size, head_dim
     return KVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
 
@@ -153,9 +153,9 @@ def write(
     layer, slots = as_integers("layer", layer, ()), as_integers("slots", slots, None)
     expected = (slots.shape[0], cache.num_kv_heads, cache.head_dim)
     for name, new in (("k", k), ("v", v)):
-        if new.shape != expected:
+        if np.shape(new) != expected:
             raise ValueError(
-                f"{name}.shape={new.shape} must be {expected}: (tokens, num_kv_heads, head_dim)"
+                f"{name}.shape={np.shape(new)} must be {expected}: (tokens, num_kv_heads, head_dim)"
             )
     layers = jnp.broadcast_to(layer, slots.shape)
     pages, offsets = slots // cache.page_size, slots % cache.page_size

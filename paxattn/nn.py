@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from paxattn import kv_cache
 from paxattn.attention import AttentionSchedule, attention_schedule, paged_attention
 from paxattn.kv_cache import KVCache
+from paxattn.page_table.inputs import check_positive
 from paxattn.ragged import RaggedBatch, check_same_pool
 from paxattn.rope import Rope
 
@@ -208,16 +209,16 @@ class PagedAttention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        hidden_size = check_positive("hidden_size", hidden_size)
+        num_heads = check_positive("num_heads", num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if min(hidden_size, num_heads, num_kv_heads) < 1:
-            raise ValueError(f"{hidden_size=}, {num_heads=}, {num_kv_heads=} must be positive")
+        num_kv_heads = check_positive("num_kv_heads", num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"{hidden_size=} is no multiple of {num_heads=}: pass head_dim")
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        if head_dim < 1:
-            raise ValueError(f"{head_dim=} must be positive")
+        head_dim = check_positive("head_dim", head_dim)
         if isinstance(rope, Rope) and head_dim % 2:
             raise ValueError(f"{head_dim=} must be even: rotary embedding rotates pairs")
 

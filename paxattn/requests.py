@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypedDict
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from paxattn.kept_pool import KeptPool
 from paxattn.packing import bucket, pack_prompts
+from paxattn.page_table.state import check_pool
 from paxattn.pool import Pool
 from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
 from paxattn.speculative import Drafter, DraftModel, NGram
-from paxattn.step import PackedPrompts
+from paxattn.step import PackedPrompts, check_model
 from paxattn.tree import MOST_NODES
 
 Prompt = str | Sequence[int]
@@ -89,6 +91,7 @@ class Requests:
         stop_ids: i32[R, S], padded with -1.
         sampling: parameters per row.
         sizes: what is compiled for.
+        enough_pages: with so many in the pool, no request can run out of pages.
         tokenizer: as given.
         stop: as given.
         draft: as given.
@@ -105,6 +108,7 @@ class Requests:
     stop_ids: np.ndarray
     sampling: RowSampling
     sizes: Sizes
+    enough_pages: int
     tokenizer: Tokenizer | None
     stop: Sequence[str]
     draft: Drafter | None
@@ -119,39 +123,59 @@ class Requests:
         return self.kept.take(max_pages_per_seq=self.sizes.max_pages_per_seq, salts=self.salts)
 
 
+def plain(value: Any) -> Any:
+    """NumPy's and JAX's numbers and arrays as Python's; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+
+
 def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int) -> list[list[int]]:
     """Token ids of each prompt, checked."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, not one string: [{prompts[:40]!r}]")
-    ids: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ValueError(f"prompt {i} is text: pass tokenizer=, or token ids instead")
-            ids.append(tokenizer.encode(_whole_text(f"prompt {i}", prompt)).ids)
-        else:
-            ids.append(_integers(f"prompt {i}", prompt))
-        if not ids[i]:
-            raise ValueError(f"prompt {i} has no tokens: a model needs at least one to start from")
-        wrong = [token for token in ids[i] if not 0 <= token < vocab]
-        if wrong:
-            raise ValueError(
-                f"prompt {i} has token id {wrong[0]}: not in the model's 0..{vocab - 1}"
-            )
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"{prompts=} must be a list of prompts")
+    return [
+        prompt_ids(f"prompts[{i}]", one, tokenizer, vocab) for i, one in enumerate(plain(prompts))
+    ]
+
+
+def prompt_ids(name: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab: int) -> list[int]:
+    """Token ids of the prompt of this name, checked."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is text: pass tokenizer=, or token ids instead")
+        ids = tokenizer.encode(_whole_text(name, prompt)).ids
+    else:
+        ids = _integers(name, prompt)
+    if not ids:
+        raise ValueError(f"{name} has no tokens: a model needs at least one to start from")
+    wrong = [token for token in ids if not 0 <= token < vocab]
+    if wrong:
+        raise ValueError(f"{name} has token id {wrong[0]}: not in the model's 0..{vocab - 1}")
     return ids
 
 
 def integer(name: str, value: Any) -> int:
-    """A whole number, of Python's or numpy's; never a rounded one."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    """A whole number, of Python's, NumPy's or JAX's; never a rounded one."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
         raise TypeError(f"{name} is {value!r}: must be an integer")
-    return int(value)
+    return int(number)
+
+
+def positive(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name}={number} must be at least 1")
+    return number
 
 
 def _integers(name: str, values: Any) -> list[int]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    numbers = plain(values)
+    if isinstance(numbers, str | bytes) or not isinstance(numbers, Iterable):
         raise TypeError(f"{name} is {values!r}: must be a sequence of token ids")
-    return [integer(f"a token of {name}", value) for value in values]
+    return [integer(f"a token of {name}", number) for number in numbers]
 
 
 def _whole_text(name: str, text: str) -> str:
@@ -163,11 +187,12 @@ def _whole_text(name: str, text: str) -> str:
 
 def per_prompt(name: str, value: Any, kind: type, kind_name: str, count: int) -> list[Any]:
     """One value for all prompts, or a sequence with one for each."""
+    value = plain(value)
     if isinstance(value, kind):
         return [value] * count
-    if not isinstance(value, Sequence) or not all(isinstance(one, kind) for one in value):
+    values = [plain(one) for one in value] if isinstance(value, Sequence) else [None]
+    if not all(isinstance(one, kind) for one in values):
         raise TypeError(f"{name}={value!r} must be {kind_name}, or one for each prompt")
-    values = list(value)
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
     return values
@@ -224,8 +249,15 @@ def prepare_requests(
     prefill_chunk: int = 512,
     logits_processor: LogitsProcessor | None = None,
     scrub: bool = False,
+    **unknown: Any,
 ) -> Requests:
     """Check the requests and round their shapes up to buckets."""
+    if unknown:
+        raise TypeError(
+            f"{next(iter(unknown))}= is no option: {', '.join(GenerateOptions.__annotations__)} "
+            "are (temperature, top_p, seed and such are fields of sampling=SamplingParams(...))"
+        )
+    check_model("model", model)
     config = model.config
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise TypeError(
@@ -237,18 +269,21 @@ def prepare_requests(
     new = per_prompt("max_new_tokens", max_new_tokens, Integral, "an integer", len(ids))
     params = per_prompt("sampling", sampling, SamplingParams, "a SamplingParams", len(ids))
     salts = per_prompt("salt", salt, Integral, "an integer", len(ids))
-    salts = [check_salt(one, f"prompt {i}") for i, one in enumerate(salts)]
+    salts = [check_salt(one, f"prompts[{i}]") for i, one in enumerate(salts)]
     for i, (prompt, n) in enumerate(zip(ids, new, strict=True)):
-        if integer(f"max_new_tokens of prompt {i}", n) < 0:
-            raise ValueError(f"max_new_tokens={n} of prompt {i} must be at least 0")
+        if integer(f"max_new_tokens of prompts[{i}]", n) < 0:
+            raise ValueError(f"max_new_tokens={n} of prompts[{i}] must be at least 0")
         if len(prompt) + n > config.max_positions:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={n}: more than the "
+                f"prompts[{i}] has {len(prompt)} tokens and max_new_tokens={n}: more than the "
                 f"model's {config.max_positions} positions; shorten the one or lower the other"
             )
-    for name, value in (("prefill_chunk", prefill_chunk), ("num_samples", num_samples)):
-        if integer(name, value) < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    prefill_chunk = positive("prefill_chunk", prefill_chunk)
+    num_samples = positive("num_samples", num_samples)
+    if logits_processor is not None and not callable(logits_processor):
+        raise TypeError(f"{logits_processor=} must be a function of logits and num_generated")
+    if not isinstance(scrub, bool | np.bool_):
+        raise TypeError(f"{scrub=} must be True or False")
     _check_draft(draft, config.vocab_size)
     kept = prefix_cache if isinstance(prefix_cache, KeptPool) else None
     if kept is None and not isinstance(prefix_cache, bool):
@@ -297,6 +332,7 @@ def prepare_requests(
         stop_ids=stop_ids,
         sampling=row_sampling(seeded, num_rows),
         sizes=sizes,
+        enough_pages=enough,
         tokenizer=tokenizer,
         stop=stop,
         draft=draft,
@@ -310,21 +346,19 @@ def _pool_sizes(
     model: Any, kept: KeptPool | None, page_size: int | None, num_pages: int | None
 ) -> tuple[int, int | None]:
     """Tokens per page, and pages if that is said."""
+    size = 16 if page_size is None else integer("page_size", page_size)
+    pages = None if num_pages is None else integer("num_pages", num_pages)
+    check_pool(1 if pages is None else pages, size)
+    if kept is None:
+        return size, pages
     for name, value in (("page_size", page_size), ("num_pages", num_pages)):
-        if value is not None and integer(name, value) < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-        if kept is not None and value is not None and value != getattr(kept, name):
+        if value is not None and value != getattr(kept, name):
             raise ValueError(
                 f"{name}={value}, but the KeptPool has {getattr(kept, name)}: leave {name}= out"
             )
-    if kept is not None:
-        if kept.model is not model:
-            raise ValueError("the KeptPool was made for another model: its pages mean nothing here")
-        return kept.page_size, kept.num_pages
-    page_size = 16 if page_size is None else page_size
-    if page_size > 256:
-        raise ValueError(f"{page_size=} must be between 1 and 256 tokens")
-    return page_size, num_pages
+    if kept.model is not model:
+        raise ValueError("the KeptPool was made for another model: its pages mean nothing here")
+    return kept.page_size, kept.num_pages
 
 
 def _check_draft(draft: Any, vocab_size: int) -> None:
@@ -335,15 +369,15 @@ def _check_draft(draft: Any, vocab_size: int) -> None:
     numbers = {"num_tokens": draft.num_tokens, "branches": draft.branches}
     if isinstance(draft, NGram):
         numbers["longest"] = draft.longest
-    elif draft.model.config.vocab_size != vocab_size:
-        raise ValueError(
-            f"the draft model has {draft.model.config.vocab_size} tokens, the model {vocab_size}: "
-            "both need the same vocabulary"
-        )
+    else:
+        check_model("draft.model", draft.model)
+        if draft.model.config.vocab_size != vocab_size:
+            raise ValueError(
+                f"the draft model has {draft.model.config.vocab_size} tokens, the model "
+                f"{vocab_size}: both need the same vocabulary"
+            )
     for name, value in numbers.items():
-        if integer(f"draft.{name}", value) < 1:
-            raise ValueError(f"draft.{name}={value} must be at least 1")
-        if value > MOST_NODES:
+        if positive(f"draft.{name}", value) > MOST_NODES:
             raise ValueError(f"draft.{name}={value} must be at most {MOST_NODES}")
     if 1 + draft.num_tokens * draft.branches > MOST_NODES:
         raise ValueError(

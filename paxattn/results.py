@@ -126,6 +126,7 @@ class PoolStats:
     Attributes:
         page_size: tokens per page.
         num_pages: pages in the pool.
+        enough_pages: with so many, no request of the call can run out of pages.
         peak_pages: most pages held at once.
         bytes_per_page: bytes of K and V per page.
         num_steps: steps run, prefill chunks included.
@@ -142,6 +143,7 @@ class PoolStats:
 
     page_size: int
     num_pages: int
+    enough_pages: int
     peak_pages: int = 0
     bytes_per_page: int = 0
     num_steps: int = 0
@@ -193,5 +195,6 @@ def no_stats(requests: Requests) -> PoolStats:
     return PoolStats(
         page_size=requests.sizes.page_size,
         num_pages=requests.sizes.num_pages,
+        enough_pages=requests.enough_pages,
         prompt_tokens=sum(map(len, requests.prompts)),
     )

@@ -58,12 +58,12 @@ class SamplingParams:
             TypeError: a value is not a number, or not a whole one where it must be.
             ValueError: a value is outside its range; both name it and the range.
         """
-        normal = f"in {_SMALLEST:.3g}..{_LARGEST:.3g}"
+        normal = f"(from {_SMALLEST:.3g} to {_LARGEST:.3g})"
         ranges: dict[str, tuple[type, Callable[[Any], bool], str]] = {
             "temperature": (
                 Real,
                 lambda x: x == 0 or _SMALLEST <= x <= _LARGEST,
-                f"0 or a number {normal}",
+                f"0 (greedy) or a positive number {normal}",
             ),
             "top_k": (Integral, lambda x: 0 <= x < 2**31, "an integer in 0..2**31-1"),
             "top_p": (Real, lambda x: 0 < x <= 1, "a number in (0, 1]"),
@@ -71,7 +71,7 @@ class SamplingParams:
             "repetition_penalty": (
                 Real,
                 lambda x: _SMALLEST <= x <= _LARGEST,
-                f"a number {normal}",
+                f"a positive number {normal}",
             ),
             "seed": (Integral, lambda x: 0 <= x < 2**32, "an integer in 0..2**32-1"),
         }
@@ -198,6 +198,30 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) 
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
 
+def apply_processor(
+    logits_processor: LogitsProcessor | None, logits: jax.Array, num_generated: jax.Array
+) -> jax.Array:
+    """Run the processor hook, if there is one.
+
+    Args:
+        logits_processor: the hook.
+        logits: f32[R, V].
+        num_generated: i32[R].
+
+    Raises:
+        ValueError: it returns something of another shape or dtype.
+    """
+    if logits_processor is None:
+        return logits
+    changed = logits_processor(logits, num_generated)
+    found, wanted = (
+        f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}" for x in (changed, logits)
+    )
+    if found != wanted:
+        raise ValueError(f"logits_processor returned {found}, must be {wanted} as it was given")
+    return changed
+
+
 def _processed(
     logits: jax.Array,
     params: RowSampling,
@@ -206,7 +230,7 @@ def _processed(
     logits_processor: LogitsProcessor | None,
 ) -> jax.Array:
     """What comes before temperature: the processor hook and the repetition penalty."""
-    chosen = logits if logits_processor is None else logits_processor(logits, num_generated)
+    chosen = apply_processor(logits_processor, logits, num_generated)
     if seen is None:
         return chosen
     return lax.cond(

@@ -136,12 +136,12 @@ def _group(
     begins = live & (common < bound)
     group = running_sum(begins.astype(jnp.int32)) - 1
     together = live & (group == group[:, None])
-    size = jnp.sum(together, axis=1)
+    size = jnp.sum(together, axis=1, dtype=jnp.int32)
     most = jnp.iinfo(jnp.int32).max
     pages = jnp.min(jnp.where(together & ~begins, common, most), axis=1)
     enough = max(_SMALLEST_GROUP, min(live.size, _TILE) // 4)
     pages = jnp.where(live & (size >= enough), pages, 0)
-    return group, begins, pages, jnp.sum(jnp.where(begins, 0, pages))
+    return group, begins, pages, jnp.sum(jnp.where(begins, 0, pages), dtype=jnp.int32)
 
 
 def _split(
@@ -165,7 +165,7 @@ def _split(
     group, begins, pages, saved = (x[best] for x in tried)
     held = jnp.where(live, pages_for(kv_lens, page_size), 0)
     # Rows may walk their pages in step: then the longest must become shorter too.
-    pays = (saved * _WORTHWHILE > jnp.sum(held)) & (
+    pays = (saved * _WORTHWHILE > jnp.sum(held, dtype=jnp.int32)) & (
         jnp.max(held - pages) * _WORTHWHILE < jnp.max(held) * (_WORTHWHILE - 1)
     )
     pages = jnp.where(pays, pages, 0)

@@ -288,8 +288,8 @@ def speculative_step(
         decode=decode,
         history=history,
         pool=own,
-        drafted=state.drafted + jnp.sum(tested & runs[:, None]),
-        accepted=state.accepted + jnp.sum(jnp.where(runs, kept, 0)),
+        drafted=state.drafted + jnp.sum(tested & runs[:, None], dtype=jnp.int32),
+        accepted=state.accepted + jnp.sum(jnp.where(runs, kept, 0), dtype=jnp.int32),
     )
 
 

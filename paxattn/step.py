@@ -8,7 +8,7 @@ for which no page is left is reported and left as it was, and the others go on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from paxattn import page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
+from paxattn.page_table.inputs import as_integers
 from paxattn.pool import Pool, admit_rows, make_room, note_tokens, release_rows, with_table
-from paxattn.ragged import RaggedBatch, check_same_pool, ragged_batch
+from paxattn.ragged import RaggedBatch, check_same_pool, fitting_rows, ragged_batch
 from paxattn.tree import Tree
 
 
@@ -38,6 +39,19 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Turn hidden states ``[K, hidden]`` into f32[K, vocab_size]."""
+
+
+def check_model(name: str, model: Any) -> None:
+    """Check that a model is one, as far as can be seen.
+
+    Raises:
+        TypeError: it has not what a `LanguageModel` has.
+    """
+    if not callable(model) or not hasattr(model, "init_cache") or not hasattr(model, "logits"):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}: must be a Decoder, such as the .model of what "
+            "load() returns, or another step.LanguageModel"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -174,20 +188,22 @@ def ragged_step(
         scrub: see `pool.make_room`.
 
     Returns:
-        ``(pool, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could be had
-        is not ok: it is left as it was, and its hidden states mean nothing.
+        ``(pool, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could be had,
+        or whose tokens end beyond T, is not ok: it is left as it was, and its hidden states mean
+        nothing.
 
     Raises:
         ValueError: the pages and the table differ in number or page size.
     """
     max_q_len = tokens.shape[0] if max_q_len is None else max_q_len
-    new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
-    pool, ok = make_room(pool, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
-    stored = ok if live is None else live & ok
+    q_lens = as_integers("q_lens", q_lens, (pool.table.max_seqs,))
+    fits = fitting_rows(q_lens, tokens.shape[0], max_q_len)
+    stored = fits if live is None else live & fits
+    pool, ok = make_room(pool, jnp.where(stored, q_lens, 0), max_new_tokens=max_q_len, scrub=scrub)
     pool, hidden = run_tokens(
-        model, pool, tokens, q_lens, live=stored, max_q_len=max_q_len, tree=tree
+        model, pool, tokens, q_lens, live=stored & ok, max_q_len=max_q_len, tree=tree
     )
-    return pool, hidden, ok
+    return pool, hidden, ok & fits
 
 
 def prefill(
@@ -237,7 +253,7 @@ def prefill(
         pool = share(pool, prompts.sources, common, ready, scrub=scrub)
         use = count_cached(use, jnp.where(ready, common - held, 0))
         todo = jnp.where(waits & ~ready, 0, left(pool, failed))
-        q_lens = jnp.clip(chunk - (jnp.cumsum(todo) - todo), 0, todo)
+        q_lens = jnp.clip(chunk - (jnp.cumsum(todo, dtype=jnp.int32) - todo), 0, todo)
         rows, offsets, _ = page_table.token_rows(q_lens, chunk)
         index = prompts.starts[rows] + pool.table.kv_lens[rows] + offsets
         tokens = prompts.tokens.at[index].get(mode="clip")
@@ -266,7 +282,7 @@ def share(
 
 def count_cached(use: PoolUse, tokens: jax.Array) -> PoolUse:
     """Add tokens i32[R] that need no computing."""
-    return replace(use, cached_tokens=use.cached_tokens + jnp.sum(tokens))
+    return replace(use, cached_tokens=use.cached_tokens + jnp.sum(tokens, dtype=jnp.int32))
 
 
 def first_only(mask: jax.Array) -> jax.Array:

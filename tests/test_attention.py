@@ -397,6 +397,41 @@ def test_shard_map_over_heads(case):
     assert out.shape == ()
 
 
+@pytest.mark.parametrize("case", [DECODE, RAGGED], ids=["decode", "ragged"])
+def test_a_mesh_with_explicit_axes(case):
+    """What `jax.make_mesh` makes by default; shardings are part of types there."""
+    inputs = cases.make(dataclasses.replace(case, sinks=True))
+    mesh = jax.sharding.AbstractMesh((2,), ("m",), axis_types=(jax.sharding.AxisType.Explicit,))
+    heads = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "m"))
+
+    def f(q, k, v):
+        o, lse = paged_attention(q, k, v, return_lse=True, **inputs.options)
+        return o.sum() + lse.sum(), (o, lse)
+
+    args = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=heads)
+        for x in (inputs.q, inputs.k_pages, inputs.v_pages)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        (_, out), grads = jax.eval_shape(jax.value_and_grad(f, (0, 1, 2), has_aux=True), *args)
+    assert [tuple(x.sharding.spec) for x in out] == [(None, "m", None), (None, "m")]
+    assert all(x.sharding.spec[1] == "m" for x in grads)
+
+
+@pytest.mark.parametrize("case", [DECODE, RAGGED], ids=["decode", "ragged"])
+def test_64_bit_numbers_enabled(case):
+    """Nothing is promoted to them, also not in strict mode, while tracing."""
+    inputs = cases.make(dataclasses.replace(case, sinks=True, window=7))
+    arrays = inputs.q, inputs.k_pages, inputs.v_pages
+
+    def f(q, k, v):
+        return paged_attention(q, k, v, **inputs.options).sum()
+
+    with jax.enable_x64(True):
+        grads = jax.eval_shape(jax.grad(f, (0, 1, 2)), *arrays)
+    assert [g.dtype for g in grads] == [x.dtype for x in arrays]
+
+
 def test_the_pool_is_updated_in_place_around_attention():
     """Writing and reading in turn, layer after layer and step after step, copies no pool."""
     pool = jax.ShapeDtypeStruct((4, 500, 2, 16, 32), jnp.float32)

@@ -63,18 +63,18 @@ def llama():
 
 
 def test_one_beam_is_greedy(llama):
-    prompts = prompts_of("llama3")
-    beam = generate(llama, prompts, num_beams=1, **SHAPE)
-    greedy = generate(llama, prompts, **SHAPE)
-    assert [c.tokens for c in beam.completions] == [c.tokens for c in greedy.completions]
+    greedy = np.load(FIXTURES / "llama3" / "expected.npz")["tokens"]  # transformers'
+    out = generate(llama, prompts_of("llama3"), num_beams=1, **SHAPE)
+    for completion, tokens in zip(out.completions, greedy.tolist(), strict=True):
+        stops = [i for i, token in enumerate(tokens) if token in STOP_IDS]
+        assert completion.tokens == tokens[: min([i + 1 for i in stops] + [NEW_TOKENS])]
 
 
 def test_pressure_ends_only_those_affected_and_scrub_changes_nothing(llama):
     prompts = prompts_of("llama3")
     options = {**SHAPE, "num_beams": 4, "num_return_sequences": 4}
     whole = generate(llama, prompts, **options)
-    assert generate(llama, prompts, scrub=True, **options) == whole
-    tight = generate(llama, prompts, num_pages=18, **options)
+    tight = generate(llama, prompts, num_pages=18, scrub=True, **options)
     reasons = {c.finish_reason for c in tight.completions}
     assert "out_of_pages" in reasons
     assert reasons - {"out_of_pages"}
@@ -92,8 +92,9 @@ def test_pressure_ends_only_those_affected_and_scrub_changes_nothing(llama):
 
 
 def test_no_tokens_asked_for(llama):
-    out = generate(llama, [[1, 2]], num_beams=2, page_size=8, max_new_tokens=0)
-    assert [c.tokens for c in out.completions] == [[]]
+    options = {**SHAPE, "max_new_tokens": [0, NEW_TOKENS, 0], "num_beams": 4}
+    out = generate(llama, prompts_of("llama3"), **options)
+    assert [len(c.tokens) > 0 for c in out.completions] == [False, True, False]
     assert generate(llama, [], num_beams=2).completions == []
 
 

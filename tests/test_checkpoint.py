@@ -14,6 +14,7 @@ from make_fixtures import FIXTURES
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from paxattn.models import CheckpointError, GenerationConfig, bundled, load
 from paxattn.models.config import config_from_dict, read_json
@@ -479,8 +480,18 @@ def test_tokenizer(directory):
     tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.save(str(directory / "tokenizer.json"))
     assert load(directory).tokenizer.encode("b").ids == [1]
+    # Left in the file by training; transformers ignores it too.
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert load(directory).tokenizer.encode("b a b").ids == [1, 0, 1]
+    assert load(directory).tokenizer.encode("b").ids == [1]
     vocab_size = load(directory).config.vocab_size
     tokenizer.add_tokens([f"t{i}" for i in range(2, vocab_size + 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert load(directory).tokenizer.encode(f"t{vocab_size}").ids == [vocab_size]
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab_size + 1)}, unk_token="t0"))
     tokenizer.save(str(directory / "tokenizer.json"))
     with fails(
         f"tokenizer.json: has token ids up to {vocab_size} ('t{vocab_size}'), but config.json says "
@@ -495,7 +506,7 @@ def test_tokenizer(directory):
 def test_generation_config(directory):
     edit_json(
         directory / "generation_config.json",
-        eos_token_id=[5, 7],
+        eos_token_id=[5, 7, 151645],  # the last is beyond the vocabulary
         bos_token_id=1,
         do_sample=True,
         temperature=0.6,
@@ -505,13 +516,13 @@ def test_generation_config(directory):
     checkpoint = load(directory)
     assert checkpoint.stop_token_ids == (5, 7)
     assert checkpoint.generation_config == GenerationConfig(
-        eos_ids=(5, 7), bos_id=1, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
+        eos_ids=(5, 7, 151645), bos_id=1, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
     )
 
 
 def test_token_ids_from_config_json(directory):
     (directory / "generation_config.json").unlink()
-    edit_json(directory / "config.json", eos_token_id=9, bos_token_id=0)
+    edit_json(directory / "config.json", eos_token_id=9, bos_token_id=0, pad_token_id=-1)
     assert load(directory).generation_config == GenerationConfig(eos_ids=(9,), bos_id=0)
 
 

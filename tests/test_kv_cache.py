@@ -229,8 +229,9 @@ def test_sizes_are_those_that_a_page_table_may_have():
         init_kv_cache(num_pages=2**23, page_size=256, **sizes)
 
 
-def test_dtype_must_be_floating():
-    with pytest.raises(ValueError, match="dtype=int32 must be floating point"):
+@pytest.mark.parametrize("dtype", ["int32", "float64", "float8_e4m3fn"])
+def test_dtype_must_be_one_that_attention_reads(dtype):
+    with pytest.raises(ValueError, match=f"dtype={dtype} must be float32, bfloat16 or float16"):
         init_kv_cache(
-            num_layers=L, num_pages=N, page_size=P, num_kv_heads=H, head_dim=D, dtype=jnp.int32
+            num_layers=L, num_pages=N, page_size=P, num_kv_heads=H, head_dim=D, dtype=dtype
         )

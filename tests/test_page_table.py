@@ -648,6 +648,10 @@ def test_token_rows_does_not_overflow():
     rows, _, active = STEPS["token_rows"](i32([2**31 - 1] * R), 8)
     assert rows.tolist() == [0] * 8
     assert np.asarray(active).all()
+    rows, offsets, active = pt.token_rows(np.full(2**16, 2**31 - 1), 2**15 + 2)
+    assert not np.asarray(rows).any()
+    assert np.asarray(active).all()
+    assert offsets[-1] == 2**15 + 1
 
 
 def test_large_pool_does_not_overflow():
@@ -688,6 +692,12 @@ def test_utilization_counts_shared_tokens_once():
 
 def broken(table, **arrays):
     return dataclasses.replace(table, **{k: jnp.asarray(v, jnp.int32) for k, v in arrays.items()})
+
+
+def test_utilization_of_more_tokens_than_an_int32_counts():
+    used = STEPS["utilization"](broken(filled(8, 0, 0, 0), kv_lens=[2**30] * R))
+    assert (int(used.tokens_stored), int(used.tokens_shared)) == (2**31 - 1, 2**31 - 1 - 8)
+    assert float(used.fraction) == 1
 
 
 def test_check_invariants_names_what_is_wrong():

@@ -190,7 +190,7 @@ def row_tiles(batch: Batch, chosen: jax.Array, block_q: int) -> tuple[Tiles, jax
     Returns:
         The tiles (B = R), and the numbers of their tokens, i32[R, C] (for what is not live: any).
     """
-    place = jnp.arange(block_q)
+    place = jnp.arange(block_q, dtype=jnp.int32)
     history = batch.kv_lens - batch.q_lens
     tokens = batch.cu_q_lens[:-1, None] + place
     depth, ancestors = place, None
@@ -219,7 +219,7 @@ def put_rows(into: jax.Array, tiled: jax.Array, batch: Batch, chosen: jax.Array)
 
     It is a gather by token: a CPU runs scatters one index at a time.
     """
-    token = jnp.arange(into.shape[0])
+    token = jnp.arange(into.shape[0], dtype=jnp.int32)
     row = jnp.searchsorted(batch.cu_q_lens[1:], token, side="right", method="compare_all")
     inside = row < batch.kv_lens.shape[0]
     row = jnp.where(inside, row, 0)
@@ -245,7 +245,7 @@ def count_tiles(batch: Batch, num_tokens: int) -> tuple[int, jax.Array]:
     block_q = min(batch.tile_blocks[0], batch.max_q_len, num_tokens)
     some = (batch.q_lens > int(batch.masking.causal)) & (batch.kv_lens > 0)
     count = jnp.where(some, (batch.q_lens + block_q - 1) // block_q, 0)
-    return block_q, jnp.cumsum(count)
+    return block_q, jnp.cumsum(count, dtype=jnp.int32)
 
 
 def nth_tile(
@@ -266,12 +266,12 @@ def nth_tile(
     Returns:
         The tile (B = 1), and the number of the token in its first place, i32[].
     """
-    row = jnp.sum(ends <= i)
+    row = jnp.sum(ends <= i, dtype=jnp.int32)
     done = jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0)
     first = batch.cu_q_lens[row] + (i - done) * block_q
     end = jnp.minimum(first + block_q, batch.cu_q_lens[row + 1])
     start = jnp.minimum(first, num_tokens - block_q)
-    token = start + jnp.arange(block_q)
+    token = start + jnp.arange(block_q, dtype=jnp.int32)
     before = batch.kv_lens[row] - batch.cu_q_lens[row + 1]  # position less token number
     tile = Tiles(
         positions=(before + token)[None],

@@ -13,11 +13,13 @@ recomputes probabilities; `while_loop` itself has no reverse mode).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from paxattn.attention import cut
 from paxattn.attention.cut import Batch, Config, default_config
@@ -55,7 +57,31 @@ def run(
         head_dim=head_dim,
         page_size=page_size,
     )
-    return paged_attention_reference(q, k_pages, v_pages, config=config, **options)
+    attend = _in_auto_mode(functools.partial(paged_attention_reference, config=config), q)
+    return attend(q, k_pages, v_pages, **options)
+
+
+def _in_auto_mode(attend: Callable, q: jax.Array) -> Callable:
+    """Leaves it to XLA how the inside is sharded, where a mesh has axes of type Explicit.
+
+    The results are sharded like `q`: over heads, if the pages are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return attend
+    spec = jax.typeof(q).sharding.spec
+
+    def run(q: jax.Array, *pages: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        # Static options cannot be arguments of `auto_axes`, which are arrays.
+        arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+        static = {name: x for name, x in options.items() if name not in arrays}
+        return jax.sharding.auto_axes(
+            lambda q, pages, arrays: attend(q, *pages, **arrays, **static),
+            axes=mesh.explicit_axes,
+            out_sharding=(P(*spec), P(*spec[:2])),
+        )(q, pages, arrays)
+
+    return run
 
 
 @functools.partial(jax.jit, static_argnames=("max_q_len", "causal", "soft_cap", "config"))

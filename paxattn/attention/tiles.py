@@ -109,7 +109,7 @@ def _visible(
     sequence's page in its stead would be a leak. Who sees them is bool[B, C, S].
     """
     held = jnp.where(is_page, jnp.clip(tiles.kv_lens[:, None] - first, 0, page_size), 0)
-    offset = jnp.arange(page_size)
+    offset = jnp.arange(page_size, dtype=jnp.int32)
     stored = (offset < held[..., None]).reshape(first.shape[0], 1, -1)
     position = (first[..., None] + offset).reshape(first.shape[0], 1, -1)
     distance = tiles.positions[:, :, None] - position
@@ -145,7 +145,7 @@ def _load(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) ->
         (1, 1, num_heads, tile),
         mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
-    kept = jnp.arange(tile) < (held * head_dim)[:, None, :, None]
+    kept = jnp.arange(tile, dtype=jnp.int32) < (held * head_dim)[:, None, :, None]
     block = jnp.where(kept, block, 0).astype(jnp.float32)
     return block.reshape(batch, num_heads, pages * page_size, head_dim)
 
@@ -204,7 +204,7 @@ def _walk(
     first_page, count = _plan(tiles, page_size, pages, window, masking.causal)
 
     def read(j: jax.Array) -> tuple[jax.Array, ...]:
-        logical = first_page[:, None] + j * pages + jnp.arange(pages)
+        logical = first_page[:, None] + j * pages + jnp.arange(pages, dtype=jnp.int32)
         ids = _page_ids(tiles, logical)
         is_page = (ids >= 0) & (ids < num_pages)
         held, seen = _visible(tiles, is_page, logical * page_size, page_size, window, masking)

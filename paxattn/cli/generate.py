@@ -179,6 +179,8 @@ def generate(
         )
     if not num_beams and (length_penalty, early_stopping) != (1.0, "false"):
         raise click.UsageError("--length-penalty and --early-stopping need --num-beams")
+    if not draft and (draft_tokens, draft_branches) != (4, 1):
+        raise click.UsageError("--draft-tokens and --draft-branches need --draft")
     _use_compilation_cache()
     devices()
     if dtype is None and jax.default_backend() == "cpu":
@@ -226,7 +228,7 @@ def generate(
     if short:
         raise click.ClickException(
             f"{short} of {len(shown)} completions ran out of pages: raise --num-pages above "
-            f"{running.stats().num_pages}"
+            f"{running.stats().num_pages} ({running.stats().enough_pages} are enough in any case)"
         )
 
 
@@ -256,7 +258,9 @@ def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
         raise click.UsageError("no prompt: the input is empty")
     empty = [i for i, text in enumerate(texts) if not text]
     if empty:
-        raise click.UsageError(f"prompt {empty[0]} is empty: a model needs something to start from")
+        raise click.UsageError(
+            f"prompt {empty[0] + 1} is empty: a model needs something to start from"
+        )
     return texts
 
 

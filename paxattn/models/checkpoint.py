@@ -88,8 +88,8 @@ class Checkpoint:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: ``generation_config.eos_ids``."""
-        return self.generation_config.eos_ids
+        """Tokens that end a text: those of ``generation_config.eos_ids`` that there are."""
+        return tuple(i for i in self.generation_config.eos_ids if i < self.config.vocab_size)
 
 
 def bundled() -> Path:
@@ -267,7 +267,13 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    # As in transformers: what the file says about batches for training would cut prompts short.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Added tokens may be beyond (a padding token that the model never sees): as long as no prompt
+    # has one, that is no harm.
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    token, last = max(vocab.items(), key=lambda item: item[1], default=("", -1))
     if last >= vocab_size:
         raise CheckpointError(
             f"{path}: has token ids up to {last} ({token!r}), but config.json says vocab_size="
@@ -287,7 +293,8 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
 
     def token_ids(key: str) -> tuple[int, ...]:
         value, source = look_up(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
+        # -1 means none in checkpoints of old.
+        ids = [] if value in (None, -1) else value if isinstance(value, list) else [value]
         if any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
             raise CheckpointError(f"{source}: {key}={value!r} must be token ids")
         return tuple(ids)

@@ -22,7 +22,7 @@ def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> A
     if isinstance(value, Array | np.ndarray | np.integer) and value.dtype in (np.int64, np.uint64):
         # Numbers that are out of range stay so: their low 32 bits might not be.
         value = value.clip(max(np.iinfo(value.dtype).min, -INT32_MAX - 1), INT32_MAX)
-    array = jnp.asarray(value)
+    array = _as_array(name, value, "integers")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {array.dtype}")
     if array.ndim != 1 if shape is None else array.shape != shape:
@@ -31,9 +31,16 @@ def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> A
     return array.astype(jnp.int32)
 
 
+def _as_array(name: str, value: ArrayLike, what: str) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be {what}, got {value!r}") from None
+
+
 def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Checks that a value is booleans of that shape."""
-    array = jnp.asarray(value)
+    array = _as_array(name, value, "booleans")
     if array.dtype != jnp.bool_:
         raise ValueError(f"{name} must be booleans, got {array.dtype}")
     if array.shape != shape:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from paxattn.page_table.pages import leaves
-from paxattn.page_table.state import PageTable
+from paxattn.page_table.state import INT32_MAX, PageTable
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Utilization:
     """How well the pool is used: exact counts, i32[] each.
+
+    Rows that share pages may store more tokens than an int32 can count: then it says 2**31 - 1.
 
     Attributes:
       num_pages: pages in the pool.
@@ -54,7 +56,7 @@ def utilization(table: PageTable) -> Utilization:
     # One more than the fill, so that a page held empty differs from one not held by any row.
     filled = jnp.zeros_like(table.ref_counts).at[table.block_tables].max(fill + 1, mode="drop")
     in_rows = jnp.sum(filled > 0, dtype=jnp.int32)
-    stored = jnp.sum(table.kv_lens, dtype=jnp.int32)
+    stored = _sum_up_to_int32(table.kv_lens)
     return Utilization(
         num_pages=jnp.asarray(table.num_pages, jnp.int32),
         pages_held=table.num_pages - table.num_free,
@@ -63,6 +65,11 @@ def utilization(table: PageTable) -> Utilization:
         tokens_shared=stored - (jnp.sum(filled, dtype=jnp.int32) - in_rows),
         slots_in_rows=in_rows * page_size,
     )
+
+
+def _sum_up_to_int32(x: Array) -> Array:
+    """The sum of numbers that are not negative, or 2**31 - 1 if it is beyond."""
+    return lax.reduce(x, np.int32(0), lambda a, b: jnp.minimum(a, INT32_MAX - b) + b, range(x.ndim))
 
 
 class InvariantError(ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from paxattn.page_table.inputs import as_integers, check_positive
@@ -26,13 +26,14 @@ def token_rows(q_lens: ArrayLike, num_tokens: int) -> tuple[Array, Array, Array]
     """
     q_lens = as_integers("q_lens", q_lens, None)
     num_tokens = check_positive("num_tokens", num_tokens)
-    lens = jnp.clip(q_lens, 0, num_tokens)  # also keeps the sum from overflowing
-    ends = jnp.cumsum(lens, dtype=jnp.int32)
+    lens = jnp.clip(q_lens, 0, num_tokens)
+    # Sums that stop at num_tokens, so that they cannot overflow.
+    ends = lax.associative_scan(lambda a, b: jnp.minimum(a, num_tokens - b) + b, lens)
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     # Unrolled: log2(R) gathers in one fused kernel, where the default is a loop of kernels.
     rows = jnp.searchsorted(ends, tokens, side="right", method="scan_unrolled").astype(jnp.int32)
     active = rows < q_lens.size
-    starts = (ends - lens).at[rows].get(mode="fill", fill_value=0)
+    starts = jnp.pad(ends, (1, 0))[rows]
     return rows, jnp.where(active, tokens - starts, 0), active
 
 

@@ -20,6 +20,7 @@ from paxattn.serving.options import RequestOptions, prepare_request
 from paxattn.serving.state import Requests, init_serve, put, stop
 from paxattn.serving.stats import EngineStats, engine_stats
 from paxattn.serving.step import serve
+from paxattn.step import check_model
 from paxattn.text import TextStream
 
 _serve = jax.jit(serve, donate_argnames="state", static_argnames=("logits_processor", "scrub"))
@@ -114,6 +115,7 @@ class Engine:
         Raises:
             ValueError: a size is not a positive integer, or too small or large for another.
         """
+        check_model("model", model)
         most = model.config.max_positions
         self.max_tokens = most if max_tokens is None else integer("max_tokens", max_tokens)
         if self.max_tokens > most:

@@ -93,7 +93,11 @@ def admit(state: ServeState) -> ServeState:
             wanted = pages_for(state.requests.num_tokens[head], page_size)
             whole = stored + jnp.maximum(tokens_left(state), 0)
             promised = pages_for(whole, page_size) - pages_for(stored, page_size)
-            room = available_pages(state.pool) - jnp.sum(promised) - state.policy.watermark
+            room = (
+                available_pages(state.pool)
+                - jnp.sum(promised, dtype=jnp.int32)
+                - state.policy.watermark
+            )
             return (wanted <= room) | jnp.all(idle)  # alone, it has what it needs
 
         possible = (head < state.capacity) & jnp.any(idle)
@@ -132,9 +136,10 @@ def share_budget(state: ServeState) -> jax.Array:
     budget = jnp.clip(state.policy.token_budget, state.owners.size, state.step_tokens)
     todo = tokens_left(state)
     decoding = todo == 1
-    left = budget - jnp.sum(decoding)
+    left = budget - jnp.sum(decoding, dtype=jnp.int32)
     ahead = outranks(state.requests, state.owners[:, None], state.owners[None, :])
-    before = jnp.sum(jnp.where(ahead & ~decoding[:, None], todo[:, None], 0), axis=0)
+    waits = jnp.where(ahead & ~decoding[:, None], todo[:, None], 0)
+    before = jnp.sum(waits, axis=0, dtype=jnp.int32)
     return jnp.where(decoding, 1, jnp.clip(left - before, 0, jnp.maximum(todo, 0)))
 
 

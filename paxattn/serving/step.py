@@ -64,7 +64,7 @@ def run_step(model: LanguageModel, state: ServeState, q_lens: jax.Array) -> tupl
     When every row runs one token at most, as it mostly is, nothing is computed for the rest of
     ``step_tokens``: that would be most of the work.
     """
-    ends = jnp.cumsum(q_lens)
+    ends = jnp.cumsum(q_lens, dtype=jnp.int32)
 
     def run(pool: Pool, *, num_tokens: int, max_q_len: int) -> tuple[Pool, jax.Array]:
         rows, offsets, _ = token_rows(q_lens, num_tokens)
