@@ -54,32 +54,25 @@ from paxattn.speculative import DraftModel, NGram
     show_default=True,
     help="Of each prompt.",
 )
-@click.option(
-    "--temperature", "-t", type=float, default=0.0, show_default=True, help="0 is greedy."
-)
-@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens.  [default: all]")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass.  [default: 1]"
-)
+@click.option("--temperature", "-t", type=float, help="0 is greedy.  [default: 0]")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens.  [default: all]")
+@click.option("--top-p", type=float, help="Keep the likeliest tokens of this mass.  [default: 1]")
 @click.option(
     "--min-p",
     type=float,
-    default=0.0,
     help="Keep tokens at least this likely, relative to the likeliest.  [default: 0]",
 )
 @click.option(
     "--repetition-penalty",
     type=float,
-    default=1.0,
-    show_default=True,
-    help="Above 1: make tokens that came already less likely.",
+    help="Above 1: make tokens that came already less likely.  [default: 1]",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="The next prompts use seed + 1, seed + 2, ... (modulo 2**32).",
+    help="The next samples and prompts use seed + 1, seed + 2, ... (modulo 2**32).",
 )
 @click.option(
     "--num-samples",
@@ -166,14 +159,14 @@ def generate(
     quiet: bool,
     **sampling: Any,
 ) -> None:
-    """Complete prompts, all at once, out of one paged KV cache."""
+    """Complete prompts, all at once, out of one paged KV cache.
+
+    Without sampling options tokens are chosen as the checkpoint's generation_config.json says.
+    """
     texts = _read_prompts(prompts, prompt_file)
-    seeds = [(seed + i * num_samples) % 2**32 for i in range(len(texts))]
-    params = [SamplingParams(seed=one, **sampling) for one in seeds]
-    for one in params:
-        one.validate()
-    plain = params[0] == SamplingParams(seed=seeds[0])
-    if num_beams and (not plain or num_samples > 1 or draft or stop):
+    asked = {name: value for name, value in sampling.items() if value is not None}
+    SamplingParams(**asked).validate()
+    if num_beams and (asked or num_samples > 1 or draft or stop):
         raise click.UsageError(
             "--num-beams does not go with sampling options, --num-samples, --draft or --stop"
         )
@@ -211,7 +204,9 @@ def generate(
             )
         )
     else:
-        options["sampling"] = params
+        asked = asked or checkpoint.generation_config.sampling
+        seeds = [(seed + i * num_samples) % 2**32 for i in range(len(texts))]
+        options["sampling"] = [SamplingParams(seed=one, **asked) for one in seeds]
         options["num_samples"] = num_samples
         options["draft"] = _drafter(draft, draft_tokens, draft_branches, dtype)
         options["stop"] = stop
