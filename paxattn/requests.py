@@ -26,6 +26,8 @@ Prompt = str | Sequence[int]
 class GenerateOptions(TypedDict, total=False):
     """Options of `generate` and `stream`.
 
+    Numbers may be NumPy's or JAX's too, and arrays stand for lists; in prompts as well.
+
     Attributes:
         tokenizer: encodes text prompts and decodes completions; without it only ids go in and out.
         max_new_tokens: for all prompts, or one for each; 128 by default.
