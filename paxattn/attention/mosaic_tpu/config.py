@@ -57,6 +57,14 @@ def long_block_q(group: int) -> int:
     return max(_PACKED_ROWS // group // 16, 1) * 16
 
 
+def lie_across(head_dim: int, page_size: int) -> bool:
+    """Whether XLA stores a page of one head as [D, P] on a TPU: where only P fills the lanes.
+
+    A kernel that asked for the other order would have the whole pool copied.
+    """
+    return head_dim % LANES != 0 and page_size % LANES == 0
+
+
 def packed_rows(block_q: int, group: int) -> int:
     """Rows of a query tile: tokens x group, in whole registers of 8, or in whole chunks."""
     step = 8 if block_q * group <= CHUNK else CHUNK
@@ -84,9 +92,7 @@ def choose(
     Raises:
         NotImplementedError: not even a page of one head fits.
     """
-    sizes = dict(
-        rows=packed_rows(block_q, group), head_dim=head_dim, page_size=page_size, dtype=dtype
-    )
+    rows = packed_rows(block_q, group)
     heads = [n for n in range(num_kv_heads, 0, -1) if num_kv_heads % n == 0]
     pages = 1
     while pages < LANES and 2 * pages * page_size <= 512:
@@ -94,11 +100,14 @@ def choose(
     while pages:
         for block_heads in heads:
             config = Config(block_q=block_q, block_pages=pages, block_heads=block_heads)
-            if vmem_bytes(config, **sizes) <= _VMEM_BYTES:
+            size = vmem_bytes(
+                config, rows=rows, head_dim=head_dim, page_size=page_size, dtype=dtype
+            )
+            if size <= _VMEM_BYTES:
                 return config
         pages //= 2
     raise NotImplementedError(
-        f"a page of {page_size=} tokens with {head_dim=} in {dtype} and {sizes['rows']} queries "
+        f"a page of {page_size=} tokens with {head_dim=} in {dtype} and {rows} queries "
         "exceed the vector memory"
     )
 
@@ -118,7 +127,8 @@ def vmem_bytes(config: Config, *, rows: int, head_dim: int, page_size: int, dtyp
     """
     itemsize, dim = jnp.dtype(dtype).itemsize, -(-head_dim // LANES) * LANES
     tokens = config.block_pages * page_size
-    kv = 2 * 2 * config.block_heads * tokens * dim * itemsize
+    kv = 2 * 2 * config.block_heads * tokens * itemsize
+    kv *= head_dim if lie_across(head_dim, page_size) else dim
     queries = 2 * config.block_heads * rows * dim * (itemsize + 4)
     accumulators = config.block_heads * rows * (dim + 2 * LANES) * 4
     scores = 3 * min(rows, CHUNK) * (-(-tokens // LANES) * LANES) * 4

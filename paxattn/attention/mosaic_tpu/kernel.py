@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paxattn.attention.mosaic_tpu.config import CHUNK, LANES, Config, packed_rows
+from paxattn.attention.mosaic_tpu.config import CHUNK, LANES, Config, lie_across, packed_rows
 from paxattn.attention.mosaic_tpu.plan import Tiles
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
@@ -78,6 +78,11 @@ class Shape:
         return self.config.block_pages * self.page_size
 
     @property
+    def across(self) -> bool:
+        """Whether pages lie as [D, P]: see `config.lie_across`."""
+        return lie_across(self.head_dim, self.page_size)
+
+    @property
     def head_blocks(self) -> int:
         """H / h."""
         return self.num_kv_heads // self.config.block_heads
@@ -109,7 +114,8 @@ class Scratch(NamedTuple):
     """Memory of the kernel's own.
 
     Attributes:
-        k: [2, h, K, D], two blocks of keys: one computed, one on its way.
+        k: [2, h, K, D], or [2, h, D, K] of pages that lie across: two blocks of keys, one computed,
+            one on its way.
         v: same.
         page_ids: i32[2, 1, 128] in scalar memory.
         acc: f32[h, Q, D], the result before it is divided by `total`.
@@ -180,9 +186,12 @@ def launch(
         window=window.reshape(1),
         sm_scale=sm_scale.reshape(1),
     )
+    block_of_kv = (dim, tokens) if shape.across else (tokens, dim)
+    if shape.across:
+        k_pages, v_pages = k_pages.swapaxes(-1, -2), v_pages.swapaxes(-1, -2)
     scratch = Scratch(
-        k=pltpu.VMEM((2, heads, tokens, dim), shape.dtype),
-        v=pltpu.VMEM((2, heads, tokens, dim), shape.dtype),
+        k=pltpu.VMEM((2, heads, *block_of_kv), shape.dtype),
+        v=pltpu.VMEM((2, heads, *block_of_kv), shape.dtype),
         page_ids=pltpu.SMEM((2, 1, LANES), jnp.int32),
         acc=pltpu.VMEM((heads, rows, dim), jnp.float32),
         top=pltpu.VMEM((heads, rows, LANES), jnp.float32),
@@ -313,14 +322,15 @@ class _Walk:
         def copy(page: Any, _: None) -> None:
             # (a wait only looks at sizes)
             page_id = scratch.page_ids[slot, 0, page % LANES] if start else 0
-            to = pl.ds(pl.multiple_of((page - begin) * size, size), size)
+            tokens = pl.ds(pl.multiple_of((page - begin) * size, size), size)
+            to = (slice(None), tokens) if self.shape.across else (tokens, slice(None))
             for hbm, vmem, arrived in (
                 (self.k_hbm, scratch.k, scratch.k_arrived),
                 (self.v_hbm, scratch.v, scratch.v_arrived),
             ):
                 moved = pltpu.make_async_copy(
                     hbm.at[given.layer[0], page_id, of_heads],
-                    vmem.at[slot, :, to],
+                    vmem.at[slot, :, *to],
                     arrived.at[slot],
                 )
                 if start:
@@ -342,7 +352,8 @@ class _Walk:
 
         @pl.when((first < start) | (first + self.shape.tokens > stop))
         def _() -> None:
-            token = first + lax.broadcasted_iota(jnp.int32, values.shape[2:], 0)
+            axis = 1 if self.shape.across else 0
+            token = first + lax.broadcasted_iota(jnp.int32, values.shape[2:], axis)
             read = (token >= start) & (token < stop)
 
             def one_head(head: Any, _: None) -> None:
@@ -368,6 +379,7 @@ class _Walk:
     def _attend(self, at: Step, slot: Any, q_ref: Any) -> None:
         """Adds a block of keys and values to the result of all heads, chunk after chunk."""
         scratch, shape = self.scratch, self.shape
+        across = int(shape.across)
 
         def one_chunk(chunk: Any, _: None) -> None:
             first_row = pl.multiple_of(chunk * shape.chunk, shape.chunk)
@@ -375,14 +387,14 @@ class _Walk:
             seen = self._seen(at, first_row)
 
             def one_head(head: Any, _: None) -> None:
-                scores = self._scores(_dot(q_ref[head, rows], scratch.k[slot, head], 1))
+                scores = self._scores(_dot(q_ref[head, rows], scratch.k[slot, head], 1 - across))
                 scores = jnp.where(seen, scores, HIDDEN)
                 before = scratch.top[head, rows][:, :1]
                 top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
                 weights, fade = jnp.exp2(scores - top), jnp.exp2(before - top)
                 total = fade * scratch.total[head, rows][:, :1] + weights.sum(axis=1, keepdims=True)
                 values = scratch.v[slot, head]
-                added = _dot(weights.astype(values.dtype), values, 0)
+                added = _dot(weights.astype(values.dtype), values, across)
                 scratch.acc[head, rows] = fade * scratch.acc[head, rows] + added
                 scratch.top[head, rows] = jnp.broadcast_to(top, (shape.chunk, LANES))
                 scratch.total[head, rows] = jnp.broadcast_to(total, (shape.chunk, LANES))

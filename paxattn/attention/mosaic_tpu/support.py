@@ -4,10 +4,10 @@
 
 Why a kernel of our own, where JAX ships one (`pallas.ops.tpu.ragged_paged_attention`): that one
 reads pages `[page, token, interleaved K and V heads, head_dim]`, which is not this cache's layout,
-and to shuffle pages into it would move the pool in every step. It keeps whole block tables in scalar
-memory, where 256 rows of 8,192 pages do not fit; its sliding window skips no page; it fetches whole
-blocks past a row's end; it knows neither sinks nor the log-sum-exp that sharing prefixes needs, and
-computes one query with as many rows as a tile of prefill.
+and to shuffle pages into it would move the pool in every step. It keeps whole block tables in
+scalar memory, where 256 rows of 8,192 pages do not fit; its sliding window skips no page; it
+fetches whole blocks past a row's end; it knows neither sinks nor the log-sum-exp that shared
+prefixes need; and a row of one query costs it as much arithmetic as a whole tile of prefill.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def check(request: Request | None, target: Target) -> str:
     if request.page_size % 16:
         raise NotImplementedError(
             f"page_size={request.page_size} is not a multiple of 16, a tile of 16-bit tokens"
+        )
+    if request.head_dim % config.LANES and request.page_size % config.LANES:
+        raise NotImplementedError(
+            f"pages of head_dim={request.head_dim} do not fill a TPU's 128 lanes, so XLA stores "
+            f"the pool in an order of its own: page_size={request.page_size} must be 128 or 256 then"
         )
     group = request.num_q_heads // request.num_kv_heads
     if group > config.MAX_GROUP:
