@@ -58,7 +58,7 @@ def check(request: Request | None, target: Target) -> str:
     if request.head_dim % config.LANES and request.page_size % config.LANES:
         raise NotImplementedError(
             f"pages of head_dim={request.head_dim} do not fill a TPU's 128 lanes, so XLA stores "
-            f"the pool in an order of its own: page_size={request.page_size} must be 128 or 256 then"
+            f"the pool in an order of its own: page_size={request.page_size} must be 128 or 256"
         )
     group = request.num_q_heads // request.num_kv_heads
     if group > config.MAX_GROUP:
