@@ -64,7 +64,7 @@ def compile_programs(
     return {(name, generation): facts for name, generation, facts in lines}
 
 
-def compile_one(function, arguments, generation):
+def compile_one(function, arguments, generation, options=None):
     """Compiles in this process, which `SETTINGS` must have been made for."""
     import jax
     import numpy as np
@@ -78,7 +78,7 @@ def compile_one(function, arguments, generation):
     )
     function = function if hasattr(function, "lower") else jax.jit(function)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the target
-        return function.lower(*arguments).compile()
+        return function.lower(*arguments).compile(options)
 
 
 def _words(paths) -> list[str]:
