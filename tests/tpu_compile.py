@@ -53,7 +53,7 @@ def compile_programs(
         something compiled was made by, of which `looped` are inside a loop.
     """
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | SETTINGS
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
     done = subprocess.run(
         [sys.executable, __file__, module, ",".join(generations), *names],
         env=env, capture_output=True, text=True, timeout=timeout, check=False,

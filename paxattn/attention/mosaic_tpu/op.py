@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.attention.mosaic_tpu.config import packed_rows
-from paxattn.attention.mosaic_tpu.kernel import Shape, launch
+from paxattn.attention.mosaic_tpu.kernel import launch
 from paxattn.attention.mosaic_tpu.plan import Plan, Tiles
+from paxattn.attention.mosaic_tpu.refs import Shape
 from paxattn.attention.reference import add_sinks
 
 
