@@ -134,7 +134,9 @@ def write(
 
     Plain scatters on GPUs too: in a decoder's step compiled for an H200, XLA makes one kernel for K
     and one for V, in place, and computes the rotary embedding of K inside; a kernel written by hand
-    could save no memory traffic.
+    could save no memory traffic. So are they on TPUs: two in place, compiled for a v5e, which XLA
+    expects to take 27 microseconds for 256 tokens of 8 heads; but where head_dim is 64 it turns
+    the pool over for them, and back.
 
     Args:
         cache: the cache; donate it to the enclosing jit to have it changed in place.
@@ -178,7 +180,7 @@ def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
     Must run before any write, read or further table step: the table already points at the
     destinations, and the sources may be handed out again by the next step. A loop over
     ``copies.count``: a step without copies costs nothing. Each turn moves a page of all layers,
-    through a buffer of that size; compiled for an H200, too, the pool is changed in place.
+    through a buffer of that size; compiled for an H200 or a TPU, too, the pool is changed in place.
 
     Args:
         cache: the cache; donate it to the enclosing jit to have it changed in place.
