@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import tpu_compile
+import tpu_compiler
 
-os.environ.update(tpu_compile.SETTINGS)  # before jax starts
+os.environ.update(tpu_compiler.SETTINGS)  # before jax starts
 from unittest import mock
 
 import _common
@@ -151,7 +151,7 @@ def as_if_on(generation: str) -> Any:
 def vmem_of(function: Any, arguments: tuple, generation: str) -> int:
     """Bytes of vector memory that the largest kernel in a program is allotted."""
     try:
-        tpu_compile.compile_one(
+        tpu_compiler.compile_one(
             function, arguments, generation, {"xla_tpu_scoped_vmem_limit_kib": "64"}
         )
     except jax.errors.JaxRuntimeError as error:
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--generations", default=",".join(tpu_compile.TOPOLOGIES))
+    parser.add_argument("--generations", default=",".join(tpu_compiler.TOPOLOGIES))
     args = parser.parse_args()
     rows = []
     for name in BATCHES:

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-import tpu_compile
+import tpu_compiler
 from flax import nnx
 
 from paxattn import kv_cache, page_table
@@ -16,12 +16,12 @@ from paxattn.ragged import ragged_batch
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(tpu_compile.why_not() is not None, reason=str(tpu_compile.why_not())),
+    pytest.mark.skipif(tpu_compiler.why_not() is not None, reason=str(tpu_compiler.why_not())),
     pytest.mark.timeout(300),
 ]
 
 L, N, R, M = 2, 1000, 64, 8192  # block tables of 2 MiB: more than scalar memory holds
-GENERATIONS = list(tpu_compile.TOPOLOGIES)
+GENERATIONS = list(tpu_compiler.TOPOLOGIES)
 
 
 def op(
@@ -113,13 +113,13 @@ def program(name):
 def check_op(name, facts):
     case = (FEW | ALL)[name]
     assert set(facts["kernels"]) == {"paged_ragged"}
-    assert len(facts["kernels"]) == (2 if case["tokens"] > 64 else 1)
+    assert len(facts["kernels"]) == (2 if case.get("tokens", 1) > 64 else 1)
     assert facts["temp"] < L * N * case["heads"][1] * case["page_size"] * case["head_dim"] * 2
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_a_few_shapes_compile(generation):
-    found = tpu_compile.compile_programs("test_mosaic_tpu_compile", list(FEW), [generation])
+    found = tpu_compiler.compile_programs("test_mosaic_tpu_compile", list(FEW), [generation])
     assert [name for name, _ in found] == list(FEW)
     for (name, _), facts in found.items():
         check_op(name, facts)
@@ -130,7 +130,7 @@ def test_a_few_shapes_compile(generation):
 @pytest.mark.parametrize("first", range(0, len(ALL), 10))
 def test_all_shapes_compile(first, generation):
     names = list(ALL)[first : first + 10]
-    found = tpu_compile.compile_programs("test_mosaic_tpu_compile", names, [generation])
+    found = tpu_compiler.compile_programs("test_mosaic_tpu_compile", names, [generation])
     for (name, _), facts in found.items():
         check_op(name, facts)
 
@@ -138,7 +138,7 @@ def test_all_shapes_compile(first, generation):
 # (the others have not the memory: 16 GB of weights, and a pool of 69)
 @pytest.mark.parametrize("generation", ["v5p", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_a_decode_step_updates_the_pool_in_place_and_materialises_nothing_large(generation):
-    ((_, facts),) = tpu_compile.compile_programs(
+    ((_, facts),) = tpu_compiler.compile_programs(
         "test_mosaic_tpu_compile", ["decode_step"], [generation]
     ).items()
     assert facts["kernels"] == ["paged_ragged"]
