@@ -20,6 +20,7 @@ import numpy as np
 from paxattn.attention import reference
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu import support as mosaic_gpu
+from paxattn.attention.mosaic_tpu import support as mosaic_tpu
 from paxattn.attention.target import Target, target_of
 
 Names = str | Sequence[str] | None
@@ -96,13 +97,6 @@ def _run_reference(*args: Any, plan: None, sliding_window: Any, **options: Any) 
     return reference.run(*args, sliding_window=window, **options)
 
 
-def _missing(kernel: str) -> Callable[..., Any]:
-    def decline(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"this version of paxattn has no {kernel} kernel")
-
-    return decline
-
-
 _IMPLEMENTATIONS = {
     i.name: i
     for i in (
@@ -114,9 +108,9 @@ _IMPLEMENTATIONS = {
         ),
         Implementation(
             name="mosaic_tpu",
-            check=_missing("Mosaic TPU"),
-            schedule=_missing("Mosaic TPU"),
-            run=_missing("Mosaic TPU"),
+            check=mosaic_tpu.check,
+            schedule=mosaic_tpu.schedule,
+            run=mosaic_tpu.run,
         ),
         Implementation(
             name="reference",
