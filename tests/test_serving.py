@@ -220,6 +220,29 @@ def test_free_pages_never_reach_a_request():
     assert_same(state, expected)
 
 
+@pytest.mark.parametrize(("salts", "at_once"), [([0] * 4, 4), ([0, 1, 0, 1], 1)])
+def test_requests_that_begin_alike_run_at_once_where_alone_each_fills_the_pool(salts, at_once):
+    stem = workload(7)[0].prompt * 16
+    asked = [
+        Asked([*stem[:16], 100 + i], 4, SamplingParams(seed=i), salt=salt)
+        for i, salt in enumerate(salts)
+    ]
+    most = 0
+
+    def count(state):
+        nonlocal most
+        most = max(most, int(jnp.sum(state.owners < PLACES)))
+        return state
+
+    # They come together: five pages each, of which four hold the same tokens.
+    state, _ = run(new_state(8), asked, [0] * 4, num_pages=8, look=count)
+    one_by_one, _ = run(new_state(), asked, [0, 30, 60, 90])
+    for (tokens, *_), (expected, *_) in zip(outputs(state), outputs(one_by_one), strict=True):
+        assert tokens == expected
+    assert most == at_once
+    assert int(state.preemptions) == 0  # pages that were promised were there
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 40))
 def test_many_workloads(seed):

@@ -55,7 +55,8 @@ def serve_step(
         lambda: jnp.zeros(logits.shape, bool),
     )
     token, logprob = sample(logits, owned, num_generated, seen, logits_processor)
-    return record(state, token, logprob, complete, scrub=scrub)
+    stored = (q_lens > 1) | (complete & (num_generated == 0))
+    return record(state, token, logprob, complete, stored, scrub=scrub)
 
 
 def run_step(model: LanguageModel, state: ServeState, q_lens: jax.Array) -> tuple[Pool, jax.Array]:
@@ -111,12 +112,18 @@ def tokens_seen(state: ServeState, *, vocab_size: int) -> jax.Array:
 
 
 def record(
-    state: ServeState, token: jax.Array, logprob: jax.Array, complete: jax.Array, *, scrub: bool
+    state: ServeState,
+    token: jax.Array,
+    logprob: jax.Array,
+    complete: jax.Array,
+    stored: jax.Array,
+    *,
+    scrub: bool,
 ) -> ServeState:
     """Take down the new tokens i32[R] of ``complete`` rows, and end the requests that are through.
 
-    The prefix cache learns what a row has stored when its prompt is complete, so that others can
-    begin with it while it runs, and again when the request ends.
+    The prefix cache learns what a row holds whenever it ``stored`` bool[R] part of its prompt, so
+    that others can begin with it while it runs, and again when the request ends.
     """
     requests = state.requests
     num_tokens = of_rows(state, requests.num_tokens)
@@ -131,7 +138,7 @@ def record(
     status = jnp.where(complete, status, jnp.int32(Status.RUNNING))
     owners = jnp.where(complete, state.owners, state.capacity)
     ended = status != Status.RUNNING
-    pool = remember_rows(state.pool, ended | (complete & (num_generated == 0)))
+    pool = remember_rows(state.pool, ended | stored)
     return replace(
         state,
         pool=with_table(pool, release(pool.table, ended), scrub=scrub),
