@@ -123,21 +123,22 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int)
     """Token ids of each prompt, checked."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, not one string: [{prompts[:40]!r}]")
-    ids: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ValueError(f"prompt {i} is text: pass tokenizer=, or token ids instead")
-            ids.append(tokenizer.encode(_whole_text(f"prompt {i}", prompt)).ids)
-        else:
-            ids.append(_integers(f"prompt {i}", prompt))
-        if not ids[i]:
-            raise ValueError(f"prompt {i} has no tokens: a model needs at least one to start from")
-        wrong = [token for token in ids[i] if not 0 <= token < vocab]
-        if wrong:
-            raise ValueError(
-                f"prompt {i} has token id {wrong[0]}: not in the model's 0..{vocab - 1}"
-            )
+    return [prompt_ids(f"prompt {i}", one, tokenizer, vocab) for i, one in enumerate(prompts)]
+
+
+def prompt_ids(name: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab: int) -> list[int]:
+    """Token ids of the prompt of this name, checked."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is text: pass tokenizer=, or token ids instead")
+        ids = tokenizer.encode(_whole_text(name, prompt)).ids
+    else:
+        ids = _integers(name, prompt)
+    if not ids:
+        raise ValueError(f"{name} has no tokens: a model needs at least one to start from")
+    wrong = [token for token in ids if not 0 <= token < vocab]
+    if wrong:
+        raise ValueError(f"{name} has token id {wrong[0]}: not in the model's 0..{vocab - 1}")
     return ids
 
 
