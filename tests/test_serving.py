@@ -45,9 +45,9 @@ SIZES = {
 }
 
 
-def new_state(num_pages=PAGES, budget=8, watermark=0, remember=True):
+def new_state(num_pages=PAGES, budget=8, watermark=0, remember=True, model=MODEL):
     """A server with so many pages for us; somebody else holds the rest."""
-    state = init_serve(MODEL, **SIZES, remember=remember)
+    state = init_serve(model, **SIZES, remember=remember)
     others = jnp.arange(PAGES) < PAGES - num_pages
     table = dataclasses.replace(
         state.pool.table, ref_counts=others.astype(jnp.int32), num_free=jnp.int32(num_pages)
@@ -114,10 +114,10 @@ def workload(seed, priorities=1):
     return asked
 
 
-def alone(asked):
+def alone(asked, model=MODEL):
     """What `generate` says, which its own tests hold to one request at a time."""
     found = generate(
-        MODEL,
+        model,
         [one.prompt for one in asked],
         max_new_tokens=[one.new for one in asked],
         sampling=[one.sampling for one in asked],
@@ -129,7 +129,7 @@ def alone(asked):
     return found.completions
 
 
-def run(state, asked, arrivals, *, num_pages=PAGES, look=lambda state: state):
+def run(state, asked, arrivals, *, num_pages=PAGES, look=lambda state: state, model=MODEL):
     """Put each request at its time, in steps; run until all have ended, and check every step."""
     left = sorted(range(len(asked)), key=lambda i: arrivals[i])
     rank = {i: (-one.priority, i) for i, one in enumerate(asked)}
@@ -141,7 +141,7 @@ def run(state, asked, arrivals, *, num_pages=PAGES, look=lambda state: state):
             state = dataclasses.replace(state, requests=requests)
         unfinished = np.flatnonzero(np.asarray(state.requests.status) == Status.RUNNING)
         first = min(unfinished, key=rank.get, default=None)
-        state = look(engine._serve(MODEL, state, np.int32(1), **PLAIN))
+        state = look(engine._serve(model, state, np.int32(1), **PLAIN))
         clock += 1
         status, lens = jax.device_get((state.requests.status, state.requests.num_tokens))
         owners, stored = jax.device_get((state.owners, state.pool.table.kv_lens))
@@ -207,16 +207,18 @@ def test_every_request_but_the_first_in_rank_can_be_preempted_and_nothing_is_los
     assert PLACES - 1 not in preempted
 
 
+def poisoned(state):
+    """The state with NaN in all free pages."""
+    table = state.pool.table
+    free = np.arange(PAGES) >= int(table.num_free)
+    pages = np.where(free, PAGES, np.asarray(table.free_pages))
+    cache = jax.tree.map(lambda pool: pool.at[:, pages].set(jnp.nan, mode="drop"), state.pool.cache)
+    return dataclasses.replace(state, pool=dataclasses.replace(state.pool, cache=cache))
+
+
 def test_free_pages_never_reach_a_request():
     asked = workload(6)
     expected = alone(asked)
-
-    def poisoned(state):
-        table = state.pool.table
-        free = np.asarray(table.free_pages)[: int(table.num_free)]
-        cache = jax.tree.map(lambda pages: pages.at[:, free].set(jnp.nan), state.pool.cache)
-        return dataclasses.replace(state, pool=dataclasses.replace(state.pool, cache=cache))
-
     state, preempted = run(poisoned(new_state(9)), asked, [0] * PLACES, num_pages=9, look=poisoned)
     assert preempted
     assert_same(state, expected)

@@ -107,7 +107,7 @@ def prepare_request(
         priority=int(priority),
         salt=check_salt(salt, "a request"),
     )
-    needed = -(-(len(ids) + new - 1) // table.page_size)  # the last token is never stored
+    needed = int(state.most_pages(len(ids) + new - 1))  # the last token is never stored
     if needed > table.num_pages:
         raise ValueError(
             f"{name} of {len(ids)} tokens and {max_new_tokens=} need {needed} pages, the pool "

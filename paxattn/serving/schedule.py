@@ -23,7 +23,7 @@ from jax import lax
 from paxattn import prefix_cache
 from paxattn.decode_step import Status
 from paxattn.page_table.pages import pages_for, read_entries
-from paxattn.pool import Pool, admit_rows, make_room, release_rows
+from paxattn.pool import Pool, admit_rows, leave_behind, make_room
 from paxattn.serving.state import Requests, ServeState
 from paxattn.step import count_cached
 
@@ -85,6 +85,7 @@ def promised_pages(state: ServeState) -> jax.Array:
     size, stored = table.page_size, table.kv_lens
     left = jnp.maximum(tokens_left(state), 0)
     missing = pages_for(stored + left, size) - pages_for(stored, size)
+    missing = jnp.minimum(missing, state.most_pages(stored + left))
     # A page that only the cache holds besides comes to be available when the row has its own copy.
     page = read_entries(table, jnp.arange(stored.size), stored // size)
     others = table.ref_counts.at[page].get(mode="fill", fill_value=1) - 1
@@ -97,22 +98,23 @@ def promised_pages(state: ServeState) -> jax.Array:
 def wanted_pages(state: ServeState, request: jax.Array) -> jax.Array:
     """Pages that a waiting request i32[] would take from the available ones now, i32[].
 
-    All its tokens need, but for those that it would share with rows: these are not available.
+    All that its tokens need, less what it would share with rows: this is not available.
     """
     table, prefix, requests = state.pool.table, state.pool.prefix, state.requests
-    pages = pages_for(requests.num_tokens[request], table.page_size)
+    tokens = requests.num_tokens[request]
+    pages = pages_for(tokens, table.page_size)
     if prefix is None:
-        return pages
+        return state.most_pages(tokens)
     found = prefix_cache.match(
         prefix,
         table,
         requests.tokens[request],
-        requests.num_tokens[request],
+        tokens,
         requests.salt[request],
     )
     full = jnp.arange(found.pages.size) < found.num_full
     holders = table.ref_counts.at[found.pages].get(mode="fill", fill_value=0)
-    return pages - jnp.sum(full & (holders > 1))
+    return jnp.minimum(pages - jnp.sum(full & (holders > 1)), state.most_pages(tokens))
 
 
 def better_later(state: ServeState, request: jax.Array) -> jax.Array:
@@ -166,6 +168,7 @@ def admit(state: ServeState) -> ServeState:
             jnp.where(start, head * width, 0),
             jnp.where(start, requests.num_tokens[head], 0),
         )
+        pool = leave_behind(pool, state.window, scrub=False)  # cached: nothing comes to be free
         found = jnp.where(start, pool.table.kv_lens, 0)
         return replace(
             state,
@@ -200,7 +203,7 @@ def leave(state: ServeState, row: jax.Array, status: jax.Array, *, scrub: bool) 
     statuses = state.requests.status.at[owner].set(status, mode="drop")
     return replace(
         state,
-        pool=release_rows(state.pool, mask, scrub=scrub),
+        pool=state.released(mask, scrub=scrub),
         owners=jnp.where(mask, state.capacity, state.owners),
         requests=replace(state.requests, status=statuses),
         preemptions=state.preemptions + preempted.astype(jnp.int32),

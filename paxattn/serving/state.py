@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.decode_step import Status
+from paxattn.page_table.pages import pages_for
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.sampling import RowSampling, SamplingParams, row_sampling
-from paxattn.step import LanguageModel, PoolUse, no_use
+from paxattn.step import LanguageModel, PoolUse, no_use, window_of
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +90,7 @@ class ServeState:
         use: how the pool was used.
         preemptions: i32[], times a running request had to give its pages back.
         step_tokens: static, tokens that a step has room for.
+        window: static, the model's, see `step.window_of`.
     """
 
     pool: Pool
@@ -98,11 +100,25 @@ class ServeState:
     use: PoolUse
     preemptions: jax.Array
     step_tokens: int = field(metadata={"static": True})
+    window: int | None = field(metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         """Places for requests, Q; as an owner: none."""
         return self.requests.status.shape[0]
+
+    def most_pages(self, tokens: jax.Array | int) -> jax.Array:
+        """Pages that a request of so many tokens comes to hold at once, at most."""
+        size = self.pool.table.page_size
+        pages = pages_for(jnp.asarray(tokens), size)
+        if self.window is None:
+            return pages
+        return jnp.minimum(pages, (self.window + self.step_tokens) // size + 2)
+
+    def released(self, rows: jax.Array, *, scrub: bool) -> Pool:
+        """The pool without rows bool[R], whose full pages the prefix cache remembers."""
+        tokens = self.requests.tokens
+        return release_rows(self.pool, rows, scrub=scrub, tokens=tokens, lines=self.owners)
 
 
 def init_serve(
@@ -175,6 +191,7 @@ def init_serve(
         use=no_use(),
         preemptions=jnp.zeros((), jnp.int32),
         step_tokens=step_tokens,
+        window=window_of(model),
     )
 
 
@@ -240,7 +257,7 @@ def stop(state: ServeState, mask: jax.Array, *, scrub: bool = False) -> ServeSta
     rows = mask.at[state.owners].get(mode="fill", fill_value=False)
     return replace(
         state,
-        pool=release_rows(state.pool, rows, scrub=scrub),
+        pool=state.released(rows, scrub=scrub),
         owners=jnp.where(rows, state.capacity, state.owners),
         requests=replace(state.requests, status=status),
     )

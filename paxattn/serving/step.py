@@ -12,7 +12,7 @@ from jax import lax
 
 from paxattn.decode_step import Status, take_in
 from paxattn.page_table import release, token_rows
-from paxattn.pool import Pool, remember_rows, with_table
+from paxattn.pool import Pool, leave_behind, remember_rows, with_table
 from paxattn.sampling import LogitsProcessor, sample
 from paxattn.serving.schedule import admit, make_way, of_rows, tokens_left
 from paxattn.serving.state import ServeState
@@ -138,10 +138,14 @@ def record(
     status = jnp.where(complete, status, jnp.int32(Status.RUNNING))
     owners = jnp.where(complete, state.owners, state.capacity)
     ended = status != Status.RUNNING
-    pool = remember_rows(state.pool, ended | stored)
+    pool = remember_rows(state.pool, ended | stored, requests.tokens, state.owners)
+    pool = with_table(pool, release(pool.table, ended), scrub=scrub)
+    pool = leave_behind(pool, state.window, scrub=scrub)
+    # Always: but now lines are written after they were read, in place.
+    owners = jnp.where(pool.table.num_free >= 0, owners, state.capacity)
     return replace(
         state,
-        pool=with_table(pool, release(pool.table, ended), scrub=scrub),
+        pool=pool,
         owners=jnp.where(ended, state.capacity, state.owners),
         requests=replace(
             requests,
@@ -150,7 +154,7 @@ def record(
             tokens=requests.tokens.at[owners, num_tokens].set(token, mode="drop"),
             logprobs=requests.logprobs.at[owners, num_tokens].set(logprob, mode="drop"),
         ),
-        use=state.use.after(state.pool.table),
+        use=state.use.after(state.pool.table, state.window),
     )
 
 
