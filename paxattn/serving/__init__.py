@@ -2,6 +2,7 @@
 
 from paxattn.serving.engine import Engine, QueueFull
 from paxattn.serving.options import RequestOptions
+from paxattn.serving.snapshot import SnapshotError, load_state, save_state
 from paxattn.serving.state import Policy, Requests, ServeState, init_serve, new_request, put, stop
 from paxattn.serving.stats import EngineStats
 from paxattn.serving.step import serve, serve_step
@@ -14,9 +15,12 @@ __all__ = [
     "RequestOptions",
     "Requests",
     "ServeState",
+    "SnapshotError",
     "init_serve",
+    "load_state",
     "new_request",
     "put",
+    "save_state",
     "serve",
     "serve_step",
     "stop",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -19,6 +20,7 @@ from paxattn.sampling import LogitsProcessor
 from paxattn.serving.options import Prepared, RequestOptions, check_names, prepare_request
 from paxattn.serving.pace import Pace
 from paxattn.serving.places import Places
+from paxattn.serving.snapshot import load_state, save_state
 from paxattn.serving.state import ServeState, init_serve, new_request, put, stop
 from paxattn.serving.stats import EngineStats, Meter, counters, engine_stats
 from paxattn.serving.step import serve
@@ -287,6 +289,43 @@ class Engine:
         while self.num_unfinished:
             news += self.step()
         return news
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything to a file, from which another process can go on: see `restore`.
+
+        Args:
+            path: of the file, which is replaced when the new one is whole.
+        """
+        host = {
+            "next_index": self._next_index,
+            "places": self._places.saved(),
+            "pending": [asdict(delta) for delta in self._pending],
+        }
+        save_state(path, self.model, self._state, host)
+
+    def restore(self, path: str | os.PathLike) -> list[Delta]:
+        """Go on where an engine was when it was saved; what it would have said then comes next.
+
+        This engine must be without requests, and made with the same sizes, model, tokenizer and
+        logits processor; the last two are taken on trust. Statistics of the host begin anew.
+
+        Args:
+            path: of a file that `save` wrote.
+
+        Returns:
+            What had been handed over of the requests that had not ended: one delta for each.
+
+        Raises:
+            RuntimeError: there are requests.
+            SnapshotError: the file is missing, damaged, or of an engine with other sizes or another
+                model.
+        """
+        if self.num_unfinished:
+            raise RuntimeError(f"{self.num_unfinished} requests are not finished: restore() first")
+        self._state, host = load_state(path, self.model, self._state)
+        self._next_index = host["next_index"]
+        self._pending = [Delta(**delta) for delta in host["pending"]]
+        return self._places.resume(host["places"], self._state.requests, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Prompt], **options: Unpack[RequestOptions]

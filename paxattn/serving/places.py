@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from paxattn.decode_step import Status
 from paxattn.results import Delta, Reading
 from paxattn.serving.options import Prepared
+from paxattn.serving.state import Requests
 from paxattn.serving.stats import Meter
 from paxattn.text import TextStream
 
@@ -23,14 +26,30 @@ class Asked:
     Attributes:
         index: its number for the user.
         reading: what was read of it.
+        stop: strings that end it.
         prompt_len: tokens.
         time: when it came, or when the last of its tokens were handed over.
     """
 
     index: int
     reading: Reading
+    stop: Sequence[str]
     prompt_len: int
     time: float
+
+
+def _asked(
+    index: int, prompt: list[int], stop: Sequence[str], tokenizer: Tokenizer | None
+) -> Asked:
+    """A request of which nothing was read."""
+    text = None if tokenizer is None else TextStream(tokenizer, stop, prompt)
+    return Asked(
+        index=index,
+        reading=Reading(index, text),
+        stop=stop,
+        prompt_len=len(prompt),
+        time=time.perf_counter(),
+    )
 
 
 class Places:
@@ -55,17 +74,34 @@ class Places:
 
     def enter(self, index: int, prepared: Prepared, tokenizer: Tokenizer | None) -> int:
         """Take a free place for one of the samples; which one."""
-        text = None
-        if tokenizer is not None:
-            text = TextStream(tokenizer, prepared.stop, prepared.prompt)
         place = self._all.index(None)
-        self._all[place] = Asked(
-            index=index,
-            reading=Reading(index, text),
-            prompt_len=len(prepared.prompt),
-            time=time.perf_counter(),
-        )
+        self._all[place] = _asked(index, prepared.prompt, prepared.stop, tokenizer)
         return place
+
+    def saved(self) -> list[tuple[int, int, list[str]] | None]:
+        """By place the request's number, how many tokens were read, and its stop strings."""
+        return [
+            None if asked is None else (asked.index, asked.reading.read, list(asked.stop))
+            for asked in self._all
+        ]
+
+    def resume(
+        self, saved: list[Any], requests: Requests, tokenizer: Tokenizer | None
+    ) -> list[Delta]:
+        """Take places as they were `saved`, their requests being on the device; what was read."""
+        lens, *lines = jax.device_get((requests.prompt_len, requests.tokens, requests.logprobs))
+        told: list[Delta] = []
+        for place, one in enumerate(saved):
+            if one is None:
+                continue
+            index, read, stop = one
+            start = int(lens[place])
+            asked = _asked(index, lines[0][place, :start].tolist(), stop, tokenizer)
+            tokens, logprobs = (line[place, start : start + read].tolist() for line in lines)
+            delta, _ = asked.reading.take(tokens, logprobs, Status.RUNNING)
+            told += [] if delta is None else [delta]
+            self._all[place] = asked
+        return sorted(told, key=lambda delta: delta.index)
 
     @property
     def storing(self) -> bool:
