@@ -133,6 +133,7 @@ def killed(call):
     return [serving.engine.Delta(**fields) for fields in json.loads(line)]
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_goes_on_in_another_process(undisturbed, tmp_path):
     path = tmp_path / "state"
     told = killed(f"serve_until_killed({str(path)!r})")
