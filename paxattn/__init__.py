@@ -18,13 +18,14 @@ from paxattn.pool import Pool, init_pool
 from paxattn.ragged import RaggedBatch, ragged_batch
 from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
-from paxattn.serving import Engine
+from paxattn.serving import AsyncEngine, Engine, QueueFull
 from paxattn.speculative import DraftModel, NGram
 from paxattn.step import ragged_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "Checkpoint",
     "CheckpointError",
     "Completion",
@@ -41,6 +42,7 @@ __all__ = [
     "PageTable",
     "PagedAttention",
     "Pool",
+    "QueueFull",
     "RaggedBatch",
     "SamplingParams",
     "Status",

@@ -72,6 +72,7 @@ class Engine:
         page_size: tokens per page.
         max_requests: requests that run or wait, at most.
         max_tokens: most tokens of a request, prompt and generated.
+        longest: the same, or less if the pool has not pages for so many.
     """
 
     def __init__(
@@ -134,6 +135,8 @@ class Engine:
             watermark=watermark,
             remember=prefix_cache,
         )
+        fits = int(self._state.most_pages(self.max_tokens - 1)) <= num_pages
+        self.longest = self.max_tokens if fits else num_pages * page_size + 1
         self.model, self.tokenizer = model, tokenizer
         self.num_pages, self.page_size, self.max_requests = num_pages, page_size, max_requests
         self._most_steps, self._pace, self._meter = steps_per_read, Pace(steps_per_read), Meter()
@@ -307,7 +310,7 @@ class Engine:
         """Go on where an engine was when it was saved; what it would have said then comes next.
 
         This engine must be without requests, and made with the same sizes, model, tokenizer and
-        logits processor; the last two are taken on trust. Statistics of the host begin anew.
+        logits processor; the last two are taken on trust. What only the host counts begins anew.
 
         Args:
             path: of a file that `save` wrote.
@@ -323,7 +326,7 @@ class Engine:
         if self.num_unfinished:
             raise RuntimeError(f"{self.num_unfinished} requests are not finished: restore() first")
         self._state, host = load_state(path, self.model, self._state)
-        self._next_index = host["next_index"]
+        self._meter, self._next_index = Meter(), host["next_index"]
         self._pending = [Delta(**delta) for delta in host["pending"]]
         return self._places.resume(host["places"], self._state.requests, self.tokenizer)
 

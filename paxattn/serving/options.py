@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import jax.numpy as jnp
@@ -47,11 +48,13 @@ class Prepared:
         samples: what goes to the device, one for each completion; the ``arrival`` is for whoever
             puts it in a place to set.
         stop: strings that end a completion.
+        time: when that was.
     """
 
     prompt: list[int]
     samples: list[Requests]
     stop: Sequence[str]
+    time: float = field(default_factory=time.perf_counter)
 
 
 def check_names(options: RequestOptions) -> None:

@@ -75,7 +75,9 @@ class Places:
     def enter(self, index: int, prepared: Prepared, tokenizer: Tokenizer | None) -> int:
         """Take a free place for one of the samples; which one."""
         place = self._all.index(None)
-        self._all[place] = _asked(index, prepared.prompt, prepared.stop, tokenizer)
+        asked = _asked(index, prepared.prompt, prepared.stop, tokenizer)
+        asked.time = prepared.time
+        self._all[place] = asked
         return place
 
     def saved(self) -> list[tuple[int, int, list[str]] | None]:

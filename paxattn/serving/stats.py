@@ -69,7 +69,8 @@ class EngineStats:
         generated_tokens: tokens handed over.
         tokens_per_second: those of the last ten seconds, per second.
         finished: requests that ended, by `Delta.finish_reason`.
-        time_to_first_token: from `Engine.add_request` until the first token was handed over.
+        time_to_first_token: from `Engine.prepare`, which `add_request` begins with, until the first
+            token was handed over.
         inter_token_latency: between two tokens of a request; those that are handed over together
             share the time since those before.
     """
