@@ -188,7 +188,7 @@ def test_ten_thousand_requests_and_a_kill(tmp_path):
         assert (tokens, reason) == (one.tokens, one.finish_reason)
     assert serving.checked(engine._state, PAGES) == 0
     assert int(engine._state.preemptions) > half
-    assert int(engine._state.use.cached_tokens) > 10 * half
+    assert int(engine._state.use.cached_tokens) > 2 * half
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
