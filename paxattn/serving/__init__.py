@@ -1,6 +1,7 @@
 """Continuous batching: requests come and go while a device loop runs; see `serve_step`."""
 
 from paxattn.serving.engine import Engine, QueueFull
+from paxattn.serving.offload import HostPages, pays_from
 from paxattn.serving.options import RequestOptions
 from paxattn.serving.snapshot import SnapshotError, load_state, save_state
 from paxattn.serving.state import Policy, Requests, ServeState, init_serve, new_request, put, stop
@@ -10,6 +11,7 @@ from paxattn.serving.step import serve, serve_step
 __all__ = [
     "Engine",
     "EngineStats",
+    "HostPages",
     "Policy",
     "QueueFull",
     "RequestOptions",
@@ -19,6 +21,7 @@ __all__ = [
     "init_serve",
     "load_state",
     "new_request",
+    "pays_from",
     "put",
     "save_state",
     "serve",
