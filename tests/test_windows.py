@@ -34,7 +34,7 @@ def test_only_models_whose_layers_all_have_windows_leave_pages_behind(windows, w
 
 
 def draft_model():
-    return DraftModel(Decoder(CONFIG, rngs=nnx.Rngs(2)), num_tokens=3)
+    return DraftModel(model=Decoder(CONFIG, rngs=nnx.Rngs(2)), num_tokens=3)
 
 
 @pytest.mark.parametrize(

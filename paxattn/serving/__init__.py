@@ -2,6 +2,7 @@
 
 from paxattn.serving.async_engine import AsyncEngine, Deltas, NotServing
 from paxattn.serving.engine import Engine, QueueFull
+from paxattn.serving.offload import HostPages, pays_from
 from paxattn.serving.options import Prepared, RequestOptions
 from paxattn.serving.snapshot import SnapshotError, load_state, save_state
 from paxattn.serving.state import Policy, Requests, ServeState, init_serve, new_request, put, stop
@@ -14,6 +15,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Histogram",
+    "HostPages",
     "NotServing",
     "Policy",
     "Prepared",
@@ -25,6 +27,7 @@ __all__ = [
     "init_serve",
     "load_state",
     "new_request",
+    "pays_from",
     "put",
     "save_state",
     "serve",

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from paxattn.requests import Prompt, integer
 from paxattn.results import Completion, Delta, completion
 from paxattn.sampling import LogitsProcessor
+from paxattn.serving.offload import HostPages
 from paxattn.serving.options import Prepared, RequestOptions, check_names, prepare_request
 from paxattn.serving.pace import Pace
 from paxattn.serving.places import Places
@@ -87,6 +88,7 @@ class Engine:
         step_tokens: int = 256,
         max_stop_ids: int = 8,
         watermark: int | None = None,
+        offload_from: int | None = None,
         steps_per_read: int = 64,
         prefix_cache: bool = True,
         tokenizer: Tokenizer | None = None,
@@ -107,6 +109,9 @@ class Engine:
                 leave of them stores prompts.
             max_stop_ids: most tokens that may end one request.
             watermark: pages left for growth when a request is admitted; a hundredth by default.
+            offload_from: a request of at least so many tokens that has to make way has its pages
+                moved to the host's memory, and back, instead of storing its tokens anew; None: none
+                has. `serving.pays_from` measures from where on that takes less time.
             steps_per_read: most device steps in `step`, between two readings; fewer where so many
                 would take longer than 100 ms.
             prefix_cache: whether requests start from what earlier ones computed.
@@ -137,6 +142,12 @@ class Engine:
         )
         fits = int(self._state.most_pages(self.max_tokens - 1)) <= num_pages
         self.longest = self.max_tokens if fits else num_pages * page_size + 1
+        if offload_from is not None:
+            if integer("offload_from", offload_from) < 1:
+                raise ValueError(f"{offload_from=} must be at least 1 token")
+            policy = replace(self._state.policy, offload_from=jnp.int32(offload_from))
+            self._state = replace(self._state, policy=policy)
+        self._host_pages = HostPages()
         self.model, self.tokenizer = model, tokenizer
         self.num_pages, self.page_size, self.max_requests = num_pages, page_size, max_requests
         self._most_steps, self._pace, self._meter = steps_per_read, Pace(steps_per_read), Meter()
@@ -259,7 +270,7 @@ class Engine:
         """Run a block, and read what is new; see `_news`."""
         self._state = _serve(
             self.model,
-            self._state,
+            self._host_pages.between_blocks(self._state, scrub=self._scrub),
             np.int32(steps),
             logits_processor=self._logits_processor,
             scrub=self._scrub,

@@ -135,6 +135,23 @@ def better_later(state: ServeState, request: jax.Array) -> jax.Array:
     return jnp.any(friends & (state.pool.table.kv_lens < common))
 
 
+def to_bring_back(state: ServeState) -> jax.Array:
+    """The first who waits, if the host has its pages and there is room for them, i32[]; Q: none."""
+    nobody = jnp.int32(state.capacity)
+
+    def look() -> jax.Array:
+        head = next_waiting(state)
+        tokens = state.requests.num_tokens.at[head].get(mode="fill", fill_value=0)
+        idle = state.owners == state.capacity
+        room = available_pages(state.pool) - promised_pages(state) - state.policy.watermark
+        enough = pages_for(tokens, state.pool.table.page_size) <= room
+        fits = jnp.any(idle) & (enough | jnp.all(idle))
+        is_away = state.away.at[head].get(mode="fill", fill_value=0) > 0
+        return jnp.where(fits & is_away, head, nobody)
+
+    return lax.cond(jnp.any(state.away > 0), look, lambda: nobody)
+
+
 def admit(state: ServeState) -> ServeState:
     """Give rows to those that wait, in order of rank, while there are rows and pages.
 
@@ -152,7 +169,8 @@ def admit(state: ServeState) -> ServeState:
             enough = wanted_pages(state, head) <= room
             return (enough | jnp.all(idle)) & ~better_later(state, head)  # alone, it has all
 
-        possible = (head < state.capacity) & jnp.any(idle)
+        here = state.away.at[head].get(mode="fill", fill_value=1) == 0  # else the host brings it
+        possible = here & jnp.any(idle)
         return lax.cond(possible, pages_allow, lambda: possible)
 
     def body(state: ServeState) -> ServeState:
@@ -213,7 +231,8 @@ def leave(state: ServeState, row: jax.Array, status: jax.Array, *, scrub: bool) 
 def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
     """Find pages for the step's tokens; the last in rank leave until there are enough.
 
-    A request that finds no page though it is alone can never run, and ends.
+    A request that finds no page though it is alone can never run, and ends. Where one would leave
+    whose pages are worth moving, nobody runs: the host comes first.
 
     Args:
         state: after `admit`.
@@ -234,7 +253,10 @@ def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
         alone = jnp.sum(state.owners < state.capacity) == 1
         leaving = jnp.where(settled, nobody, last_running(state))
         status = jnp.where(alone, jnp.int32(Status.OUT_OF_PAGES), waits)
-        return state, leaving, status, q_lens, settled
+        moves = ~alone & worth_moving(state, leaving)
+        state = replace(state, leaving=jnp.where(moves, leaving, nobody))
+        q_lens = jnp.where(moves, 0, q_lens)
+        return state, leaving, status, q_lens, settled | moves
 
     last = last_running(state)
     owner = state.owners.at[last].get(mode="fill", fill_value=state.capacity)
@@ -242,6 +264,14 @@ def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
     displaced = outranks(state.requests, head, owner)
     displaced = lax.cond(displaced, lambda: ~better_later(state, head), lambda: displaced)
     leaving = jnp.where(displaced, last, nobody)
-    carry = (state, leaving, waits, jnp.zeros_like(state.owners), jnp.bool_(False))
+    moves = worth_moving(state, leaving)
+    state = replace(state, leaving=jnp.where(moves, leaving, nobody))
+    carry = (state, leaving, waits, jnp.zeros_like(state.owners), moves)
     state, _, _, q_lens, _ = lax.while_loop(lambda carry: ~carry[-1], body, carry)
     return state, q_lens
+
+
+def worth_moving(state: ServeState, row: jax.Array) -> jax.Array:
+    """Whether the host is to move a row's pages, bool[]; not where it is out of range."""
+    stored = state.pool.table.kv_lens.at[row].get(mode="fill", fill_value=0)
+    return (stored > 0) & (stored >= state.policy.offload_from)

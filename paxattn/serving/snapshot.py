@@ -43,7 +43,8 @@ def save_state(path: str | os.PathLike, model: Any, state: ServeState, host: Any
         state: stays as it is.
         host: whatever the host must know to go on, for JSON.
     """
-    arrays = _arrays(state)
+    # Pages that the host has are not saved: their tokens will be stored anew.
+    arrays = _arrays(replace(state, away=jnp.zeros_like(state.away)))
     held = np.flatnonzero(np.asarray(state.pool.table.ref_counts))
     for name, pages in _pages(state.pool.cache).items():
         # Layer by layer: on the device there may be no room for a second pool.

@@ -27,6 +27,8 @@ from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.sampling import RowSampling, SamplingParams, row_sampling
 from paxattn.step import LanguageModel, PoolUse, no_use, window_of
 
+NEVER = 2**31 - 1  # tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,13 @@ class Policy:
             being stored, more store them sooner. Taken as within R and `ServeState.step_tokens`.
         watermark: i32[], pages that must be left for the growth of running requests when another is
             admitted; more make preemption rarer.
+        offload_from: i32[], a row of at least so many tokens that has to leave ends the loop, so
+            that the host can move its pages, see `offload.HostPages`; `NEVER` at first.
     """
 
     token_budget: jax.Array
     watermark: jax.Array
+    offload_from: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +94,8 @@ class ServeState:
         policy: see `Policy`.
         use: how the pool was used.
         preemptions: i32[], times a running request had to give its pages back.
+        leaving: i32[], the row that waits for the host to take its pages; R: none.
+        away: i32[Q], tokens whose pages the host has; 0 for most.
         step_tokens: static, tokens that a step has room for.
         window: static, the model's, see `step.window_of`.
     """
@@ -99,6 +106,8 @@ class ServeState:
     policy: Policy
     use: PoolUse
     preemptions: jax.Array
+    leaving: jax.Array
+    away: jax.Array
     step_tokens: int = field(metadata={"static": True})
     window: int | None = field(metadata={"static": True})
 
@@ -187,9 +196,15 @@ def init_serve(
         pool=pool,
         owners=jnp.full((max_seqs,), max_requests, jnp.int32),
         requests=requests,
-        policy=Policy(token_budget=jnp.int32(step_tokens), watermark=jnp.int32(watermark)),
+        policy=Policy(
+            token_budget=jnp.int32(step_tokens),
+            watermark=jnp.int32(watermark),
+            offload_from=jnp.int32(NEVER),
+        ),
         use=no_use(),
         preemptions=jnp.zeros((), jnp.int32),
+        leaving=jnp.int32(max_seqs),
+        away=zeros(),
         step_tokens=step_tokens,
         window=window_of(model),
     )
@@ -261,4 +276,8 @@ def stop(state: ServeState, mask: jax.Array, *, scrub: bool = False) -> ServeSta
         pool=state.released(rows, scrub=scrub),
         owners=jnp.where(rows, state.capacity, state.owners),
         requests=replace(state.requests, status=status),
+        leaving=jnp.where(
+            rows.at[state.leaving].get(mode="fill", fill_value=False), rows.size, state.leaving
+        ),
+        away=jnp.where(mask, 0, state.away),
     )

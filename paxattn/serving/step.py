@@ -14,7 +14,7 @@ from paxattn.decode_step import Status, take_in
 from paxattn.page_table import release, token_rows
 from paxattn.pool import Pool, leave_behind, remember_rows, with_table
 from paxattn.sampling import LogitsProcessor, sample
-from paxattn.serving.schedule import admit, make_way, of_rows, tokens_left
+from paxattn.serving.schedule import admit, make_way, of_rows, to_bring_back, tokens_left
 from paxattn.serving.state import ServeState
 from paxattn.step import LanguageModel, run_tokens
 
@@ -168,6 +168,8 @@ def serve(
 ) -> ServeState:
     """Run ``steps`` i32[] steps, or fewer if all requests have ended; nothing waits for the host.
 
+    If pages are to move to the host's memory or back (`Policy.offload_from`), the loop ends there.
+
     Args:
         model: see `LanguageModel`.
         state: donate it to the enclosing jit.
@@ -179,7 +181,8 @@ def serve(
 
     def more(state: ServeState) -> jax.Array:
         left = jnp.any(state.requests.status == Status.RUNNING)
-        return left & (state.use.num_steps < last)
+        moves = (state.leaving < state.owners.size) | (to_bring_back(state) < state.capacity)
+        return left & ~moves & (state.use.num_steps < last)
 
     def body(state: ServeState) -> ServeState:
         return serve_step(model, state, logits_processor=logits_processor, scrub=scrub)
