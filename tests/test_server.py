@@ -189,8 +189,10 @@ def test_the_official_client():
     prompts = [words(5, 6, 7), words(9, 10, 11, 12, 13)]
     samples = expected(prompts, 6, n=2, seed=3, **DRAWN)
     talk = [{"role": "system", "content": words(1)}, {"role": "user", "content": words(2, 3)}]
-    answer = expected([f"system {words(1)} user {words(2, 3)} assistant"], 5)[0]
-    stop = answer.text.split()[2]
+    answer = expected([f"system {words(1)} user {words(2, 3)} assistant"], 5, seed=4, **DRAWN)[0]
+    said_words = answer.text.split()
+    stop = said_words[-1]
+    assert said_words.index(stop) > 1
 
     async def main():
         async with listening() as (base, _), official(base) as client:
@@ -222,19 +224,19 @@ def test_the_official_client():
             assert reasons == ["length"] * 4
             assert usage.total_tokens == 32
 
-            ask = {"model": "tiny", "messages": talk, "max_tokens": 5, "temperature": 0}
+            ask = {"model": "tiny", "messages": talk, "max_tokens": 5, "seed": 4, **DRAWN}
             said = await client.chat.completions.create(**ask, logprobs=True)
             assert said.choices[0].message.content == answer.text
             assert said.choices[0].message.role == "assistant"
             shown = said.choices[0].logprobs.content
-            assert [one.token for one in shown] == answer.text.split()
+            assert [one.token for one in shown] == said_words
             assert bytes(shown[0].bytes).decode() == shown[0].token
             assert [one.logprob for one in shown] == pytest.approx(answer.logprobs, abs=1e-4)
             events = await client.chat.completions.create(**ask, stop=stop, stream=True)
             got = [event.choices[0] async for event in events]
             assert got[0].delta.role == "assistant"
             content = "".join(one.delta.content or "" for one in got)
-            assert content.split() == answer.text.split()[:2]
+            assert content.split() == said_words[: said_words.index(stop)]
             assert [one.finish_reason for one in got if one.finish_reason] == ["stop"]
 
             with pytest.raises(openai.NotFoundError, match="there is no model 'big'"):
