@@ -40,7 +40,7 @@ from paxattn.ngram import NGram, propose_ngram
 from paxattn.page_table.pages import read_entries
 from paxattn.pool import Pool, make_room, note_tokens, with_table
 from paxattn.sampling import LogitsProcessor, RowSampling, runners_up, sample
-from paxattn.step import LanguageModel, ragged_step, run_tokens
+from paxattn.step import LanguageModel, ragged_step, run_tokens, shed, window_of
 from paxattn.tree import Tree, spine, walk
 
 
@@ -273,16 +273,19 @@ def speculative_step(
         logprobs,
         gained,
         failed=live & ~runs,
+        window=window_of(model),
         scrub=scrub,
     )
+    decode = dataclasses.replace(decode, pool=shed(model, decode.pool, scrub=scrub))
     own = state.pool
-    if own is not None:
+    if own is not None and isinstance(drafter, DraftModel):
         running = decode.status == Status.RUNNING
         # The draft model has stored its first choices only.
         first = path[:, 1:] == 1 + jnp.arange(k) * branches
         known = jnp.minimum(gained, 1 + jnp.sum(first, axis=1, dtype=jnp.int32))
         lens = jnp.where(running, jnp.minimum(lens + known, own.table.kv_lens), 0)
         own = with_table(own, page_table.truncate(own.table, lens)[0], scrub=scrub)
+        own = shed(drafter.model, own, scrub=scrub)
     return dataclasses.replace(
         state,
         decode=decode,

@@ -19,13 +19,25 @@ from paxattn import page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.page_table.inputs import as_integers
-from paxattn.pool import Pool, admit_rows, make_room, note_tokens, release_rows, with_table
+from paxattn.pool import (
+    Pool,
+    admit_rows,
+    leave_behind,
+    make_room,
+    note_tokens,
+    release_rows,
+    with_table,
+)
 from paxattn.ragged import RaggedBatch, check_same_pool, fitting_rows, ragged_batch
 from paxattn.tree import Tree
 
 
 class LanguageModel(Protocol):
-    """What a step needs of a model; `paxattn.models.Decoder` is one, yours may be another."""
+    """What a step needs of a model; `paxattn.models.Decoder` is one, yours may be another.
+
+    If all its layers have a sliding window, and it says so in ``config.windows`` (tokens, for each
+    layer), rows give back the pages that all of these have left behind.
+    """
 
     def init_cache(
         self, *, num_pages: int, page_size: int, dtype: DTypeLike | None = None
@@ -54,6 +66,12 @@ def check_model(name: str, model: Any) -> None:
         )
 
 
+def window_of(model: LanguageModel) -> int | None:
+    """The widest of a model's sliding windows in tokens; None: some layer sees everything."""
+    windows = getattr(getattr(model, "config", None), "windows", ())
+    return max(windows) if windows and all(windows) else None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PoolUse:
@@ -63,7 +81,8 @@ class PoolUse:
         num_steps: i32[], steps run.
         peak_pages: i32[], most pages held at once.
         page_steps: f32[], pages held, summed over steps.
-        token_steps: f32[], tokens of all rows, summed over steps (shared ones once per row).
+        token_steps: f32[], tokens of all rows that a window still reaches, summed over steps
+            (shared ones once per row).
         row_steps: f32[], rows served, summed over steps.
         cached_tokens: i32[], tokens of prompts that were not computed, because pages held them.
     """
@@ -80,14 +99,15 @@ class PoolUse:
         held = table.num_pages - table.num_free
         return replace(self, peak_pages=jnp.maximum(self.peak_pages, held))
 
-    def after(self, table: PageTable) -> PoolUse:
-        """One more step, which left this table."""
+    def after(self, table: PageTable, window: int | None) -> PoolUse:
+        """One more step, which left this table; the window is the model's, see `window_of`."""
         held = table.num_pages - table.num_free
+        needed = table.kv_lens if window is None else jnp.minimum(table.kv_lens, window)
         return replace(
             self.at_peak(table),
             num_steps=self.num_steps + 1,
             page_steps=self.page_steps + held.astype(jnp.float32),
-            token_steps=self.token_steps + jnp.sum(table.kv_lens.astype(jnp.float32)),
+            token_steps=self.token_steps + jnp.sum(needed.astype(jnp.float32)),
             row_steps=self.row_steps + jnp.sum(table.kv_lens > 0).astype(jnp.float32),
         )
 
@@ -206,6 +226,14 @@ def ragged_step(
     return pool, hidden, ok & fits
 
 
+def shed(model: LanguageModel, pool: Pool, *, scrub: bool) -> Pool:
+    """Give back what rows that decode have left behind, see `pool.leave_behind`.
+
+    A pool with a prefix cache keeps it until they end: of a row with gaps nothing is remembered.
+    """
+    return pool if pool.prefix is not None else leave_behind(pool, window_of(model), scrub=scrub)
+
+
 def prefill(
     model: LanguageModel,
     pool: Pool,
@@ -258,7 +286,7 @@ def prefill(
         index = prompts.starts[rows] + pool.table.kv_lens[rows] + offsets
         tokens = prompts.tokens.at[index].get(mode="clip")
         pool, _, ok = ragged_step(model, pool, tokens, q_lens, scrub=scrub)
-        use = use.after(pool.table)
+        use = use.after(pool.table, window_of(model))
         ends = first_only(~ok)
         pool = release_rows(pool, ends, scrub=scrub)
         return pool, use, failed | ends

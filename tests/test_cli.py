@@ -255,7 +255,7 @@ def test_plan(monkeypatch, capfd):
     assert "1,024 reserved for each 953 25.0%" in lines  # 10**9 // (1,024 * 1,024)
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "serve", "bench", "plan", "doctor"])
 def test_help(command):
     result = CliRunner().invoke(cli.cli, [command, "--help"])
     assert result.exit_code == 0

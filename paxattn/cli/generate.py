@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import click
 import jax
-import platformdirs
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import paxattn
-from paxattn.cli.common import DTYPES, devices, not_empty, page_size_option
+from paxattn.cli.common import (
+    DTYPES,
+    devices,
+    loading,
+    not_empty,
+    page_size_option,
+    use_compilation_cache,
+)
 from paxattn.display import Output, Report, Search, show_live, show_plain, summary
 from paxattn.generate import Stream, stream
 from paxattn.models import bundled, load
@@ -174,12 +176,12 @@ def generate(
         raise click.UsageError("--length-penalty and --early-stopping need --num-beams")
     if not draft and (draft_tokens, draft_branches) != (4, 1):
         raise click.UsageError("--draft-tokens and --draft-branches need --draft")
-    _use_compilation_cache()
+    use_compilation_cache()
     devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
     log = Output(stderr=True, quiet=quiet)
-    with _loading(log) as progress:
+    with loading(log) as progress:
         checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
     if checkpoint.tokenizer is None:
         raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
@@ -257,20 +259,3 @@ def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
             f"prompt {empty[0] + 1} is empty: a model needs something to start from"
         )
     return texts
-
-
-def _use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX was told where already."""
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("paxattn")) / "jax")
-        )
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-@contextlib.contextmanager
-def _loading(log: Output) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
-        task = progress.add_task("loading", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

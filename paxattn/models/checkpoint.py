@@ -40,7 +40,14 @@ _IN_LAYER = {
 # Stored by older versions of transformers, computed here.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors*"]
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors*",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +91,14 @@ class Checkpoint:
         config: its shape, also ``model.config``.
         tokenizer: None if the directory has no tokenizer.json.
         generation_config: the makers' recommendations.
+        directory: where it was loaded from.
     """
 
     model: Decoder
     config: DecoderConfig
     tokenizer: Tokenizer | None
     generation_config: GenerationConfig
+    directory: Path
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -133,7 +142,11 @@ def load(
     with TensorFiles(directory) as files:
         model = _read_model(files, config, dtype, stacked, progress)
     return Checkpoint(
-        model=model, config=config, tokenizer=tokenizer, generation_config=generation_config
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        directory=directory,
     )
 
 
