@@ -19,13 +19,14 @@ from paxattn.ragged import RaggedBatch, ragged_batch
 from paxattn.requests import GenerateOptions
 from paxattn.results import Completion, Delta, Generation
 from paxattn.sampling import SamplingParams
-from paxattn.serving import Engine, RequestOptions
+from paxattn.serving import AsyncEngine, Engine, QueueFull, RequestOptions
 from paxattn.speculative import DraftModel, NGram
 from paxattn.step import ragged_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "Checkpoint",
     "CheckpointError",
     "Completion",
@@ -43,6 +44,7 @@ __all__ = [
     "PageTable",
     "PagedAttention",
     "Pool",
+    "QueueFull",
     "RaggedBatch",
     "RequestOptions",
     "SamplingParams",

@@ -29,7 +29,7 @@ from paxattn import page_table
 from paxattn.decode_step import Status
 from paxattn.pool import Pool, make_room, release_rows, with_table
 from paxattn.sampling import LogitsProcessor, apply_processor
-from paxattn.step import LanguageModel, PoolUse, first_only, run_tokens
+from paxattn.step import LanguageModel, PoolUse, first_only, run_tokens, shed, window_of
 
 # Below any sum of log-probabilities; finite, so that differences are.
 NEVER = -1e9
@@ -236,7 +236,7 @@ def beam_step(
         max_q_len=1,
     )
     logits = apply_processor(logits_processor, model.logits(hidden), state.running.lens.reshape(-1))
-    use = state.use.after(pool.table)
+    use = state.use.after(pool.table, window_of(model))
     state, parents = select(state, logits, stepped)
 
     failed = first_only(going & ~fits)
@@ -245,6 +245,7 @@ def beam_step(
     pool = release_rows(pool, done, scrub=scrub)
     moved = jnp.repeat(stepped & (status == Status.RUNNING), num_beams)
     pool = with_table(pool, page_table.reorder(pool.table, parents, moved), scrub=scrub)
+    pool = shed(model, pool, scrub=scrub)
     return dataclasses.replace(state, pool=pool, status=status, use=use)
 
 

@@ -19,7 +19,7 @@ from jax import lax
 
 from paxattn.pool import Pool, release_rows
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
-from paxattn.step import LanguageModel, PoolUse, first_only, ragged_step
+from paxattn.step import LanguageModel, PoolUse, first_only, ragged_step, shed, window_of
 
 
 class Status(enum.IntEnum):
@@ -104,6 +104,7 @@ def record(
     count: jax.Array,
     *,
     failed: jax.Array,
+    window: int | None,
     scrub: bool,
 ) -> DecodeState:
     """Take down new tokens, end the rows that are through, and release these.
@@ -114,6 +115,7 @@ def record(
         logprobs: f32[R, m].
         count: i32[R], how many of them are new.
         failed: bool[R], rows that found no page; only the first of them ends.
+        window: the model's, see `step.window_of`.
         scrub: static; zero the pages that ended rows give back before anyone can take them.
     """
     capacity = state.tokens.shape[1]
@@ -140,7 +142,7 @@ def record(
         num_generated=state.num_generated + count,
         tokens=state.tokens.at[rows, index].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[rows, index].set(logprobs, mode="drop"),
-        use=state.use.after(state.pool.table),
+        use=state.use.after(state.pool.table, window),
     )
 
 
@@ -180,14 +182,16 @@ def decode_step(
     token, logprob = sample(
         model.logits(hidden), state.sampling, state.num_generated, seen, logits_processor
     )
-    return record(
+    state = record(
         dataclasses.replace(state, pool=pool, seen=seen),
         token[:, None],
         logprob[:, None],
         stepped.astype(jnp.int32),
         failed=live & ~ok,
+        window=window_of(model),
         scrub=scrub,
     )
+    return dataclasses.replace(state, pool=shed(model, state.pool, scrub=scrub))
 
 
 def decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -14,6 +15,8 @@ from paxattn.beam import NEVER, Beams, EarlyStopping
 from paxattn.decode_step import Status
 from paxattn.requests import GenerateOptions, Prompt, Requests, integer, positive, prepare_requests
 from paxattn.results import Completion, Generation, new_text, no_stats
+
+_LARGEST_POWER = 37  # of ten that a float32 holds
 
 
 def generate_beams(
@@ -44,6 +47,12 @@ def generate_beams(
         raise ValueError(f"{length_penalty=} must be a number between -100 and 100")
     grouped: GenerateOptions = {**options, "num_samples": num_beams}
     requests = prepare_requests(model, prompts, **grouped)
+    longest = max(1, int(np.max(requests.max_new_tokens, initial=1)))
+    if abs(length_penalty) * math.log10(longest) > _LARGEST_POWER:
+        raise ValueError(
+            f"{length_penalty=} is too far from 0 for {longest} new tokens: the "
+            "power of the one to the other is no float32"
+        )
     stats = no_stats(requests)
     if not requests.prompts:
         return Generation(completions=[], stats=stats)
@@ -62,12 +71,12 @@ def generate_beams(
             logits_processor=requests.logits_processor,
             scrub=requests.scrub,
         )
+        bytes_per_page = pool.cache.bytes_per_page
     finally:
         if requests.kept is not None:
             requests.kept.put_back(pool, scrub=requests.scrub)
-    cache = jax.eval_shape(lambda: model.init_cache(num_pages=1, page_size=stats.page_size))
     stats = stats.after(
-        use, bytes_per_page=cache.bytes_per_page, max_positions=model.config.max_positions
+        use, bytes_per_page=bytes_per_page, max_positions=model.config.max_positions
     )
     status, hypotheses, running = jax.device_get((status, hypotheses, running))
     completions = []

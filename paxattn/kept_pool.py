@@ -75,17 +75,18 @@ class KeptPool:
             raise RuntimeError(
                 "prefix_cache= is in use by another stream: let that one end, or close it, first"
             )
-        if self._pool is None:
+        pool, rows = self._pool, len(salts)
+        if pool is None:
             cache = self.model.init_cache(num_pages=self.num_pages, page_size=self.page_size)
-            self._pool = init_pool(cache, max_seqs=1, max_pages_per_seq=1, remember=True)
-        pool, self._pool, self._in_use = self._pool, None, True
-        rows = len(salts)
+            pool = init_pool(cache, max_seqs=1, max_pages_per_seq=1, remember=True)
         table = replace(
             pool.table,
             block_tables=jnp.full((rows, max_pages_per_seq), self.num_pages, jnp.int32),
             kv_lens=jnp.zeros((rows,), jnp.int32),
         )
-        return replace(pool, table=table, salts=jnp.asarray(salts))
+        pool = replace(pool, table=table, salts=jnp.asarray(salts))
+        self._pool, self._in_use = None, True  # (last: what comes before may fail)
+        return pool
 
     def put_back(self, pool: Pool | None, *, scrub: bool) -> None:
         """Take the pool back, and release its rows if there are any.

@@ -28,6 +28,7 @@ The arrays are meant to be donated to the jitted step and carried through its lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,9 @@ def write(
 
     Plain scatters on GPUs too: in a decoder's step compiled for an H200, XLA makes one kernel for K
     and one for V, in place, and computes the rotary embedding of K inside; a kernel written by hand
-    could save no memory traffic.
+    could save no memory traffic. On TPUs, XLA would turn the pool over, and back, for a scatter of
+    whole tokens; every head's part of a token is an update of its own there, and the pool stays as
+    it is (unless head_dim is no multiple of 128: then nothing was found that does not copy it).
 
     Args:
         cache: the cache; donate it to the enclosing jit to have it changed in place.
@@ -163,11 +166,20 @@ def write(
     outside = cache.num_pages + jnp.arange(slots.size, dtype=jnp.int32)
     pages = jnp.where((pages >= 0) & (pages < cache.num_pages) & (layer >= 0), pages, outside)
 
+    # unique_indices: without it GPU scatters of 16-bit types fall back to a slow atomic loop.
+    options: dict[str, Any] = dict(mode="drop", unique_indices=True)
+
+    def by_token(pool: jax.Array, new: jax.Array) -> jax.Array:
+        return pool.at[layers, pages, :, offsets].set(new, **options)
+
+    def by_head(pool: jax.Array, new: jax.Array) -> jax.Array:
+        heads = jnp.arange(cache.num_kv_heads, dtype=jnp.int32)
+        at = layers[:, None], pages[:, None], heads, offsets[:, None]
+        return pool.at[at].set(new, **options)
+
     def store(pool: jax.Array, new: jax.Array) -> jax.Array:
-        # unique_indices: without it GPU scatters of 16-bit types fall back to a slow atomic loop.
-        return pool.at[layers, pages, :, offsets].set(
-            new.astype(pool.dtype), mode="drop", unique_indices=True
-        )
+        new = new.astype(pool.dtype)
+        return lax.platform_dependent(pool, new, tpu=by_head, default=by_token)
 
     return KVCache(k_pages=store(cache.k_pages, k), v_pages=store(cache.v_pages, v))
 
@@ -178,7 +190,7 @@ def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
     Must run before any write, read or further table step: the table already points at the
     destinations, and the sources may be handed out again by the next step. A loop over
     ``copies.count``: a step without copies costs nothing. Each turn moves a page of all layers,
-    through a buffer of that size; compiled for an H200, too, the pool is changed in place.
+    through a buffer of that size; compiled for an H200 or a TPU, too, the pool is changed in place.
 
     Args:
         cache: the cache; donate it to the enclosing jit to have it changed in place.

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from paxattn.page_table.inputs import INT32_MAX
+from paxattn.page_table.state import SLOT_HEADROOM
+
 _INT32 = 4
-_MOST_SLOTS = 2**31 - 1 - 2**20  # as `init_page_table` allows
+_MOST = INT32_MAX - SLOT_HEADROOM  # slots, and entries of all rows, that a page table may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class MemoryPlan:
 
     @property
     def free_bytes(self) -> int:
-        """What is left of the budget: less than a page and its table entries."""
+        """What is left of the budget: less than a page, unless int32 bounds the pool."""
         return self.memory_bytes - self.weight_bytes - self.cache_bytes - self.table_bytes
 
 
@@ -127,6 +130,10 @@ def plan(
       ValueError: a size is out of range, or not even one typical sequence fits; it names the
         figures and what to change.
     """
+    max_len, mean_len, page_size, shared_prefix, memory_bytes, weight_bytes = (
+        int(x) if isinstance(x, np.integer) else x
+        for x in (max_len, mean_len, page_size, shared_prefix, memory_bytes, weight_bytes)
+    )
     _check_lengths(max_len, mean_len, page_size, shared_prefix)
     room = _room(memory_bytes, weight_bytes)
     token = bytes_per_token(
@@ -148,13 +155,14 @@ def plan(
             " raise the budget or lower mean_len"
         )
     sequences = (room - first) // a_sequence
-    most = _MOST_SLOTS // page_size
+    most = _MOST // page_size
+    sequences = min(sequences, _MOST // width)
     if own:
         sequences = min(sequences, (most - shared) // own)
     if sequences < 1 or width > most:
         raise ValueError(
             f"sequences of {max_len=} and {mean_len=} tokens overflow the int32 slots of a pool"
-            f" ({_MOST_SLOTS}): lower them"
+            f" ({_MOST}): lower them"
         )
     num_pages = min((room - fixed - sequences * a_row) // a_page, most)
     used = shared + sequences * own

@@ -178,6 +178,7 @@ class PagedAttention(nnx.Module):
         sm_scale: factor on the logits; ``head_dim ** -0.5`` by default.
         sinks: learn one logit per query head that joins the softmax's denominator.
         implementation: which attention implementation; None for the best there is.
+        fixed_split: as in `paged_attention`: no bit of a row's result depends on other rows.
         dtype: computation dtype; that of input and parameters promoted by default.
         param_dtype: dtype of the parameters.
         rngs: for their initial values.
@@ -203,6 +204,7 @@ class PagedAttention(nnx.Module):
         sm_scale: float | None = None,
         sinks: bool = False,
         implementation: str | tuple[str, ...] | None = None,
+        fixed_split: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -239,6 +241,7 @@ class PagedAttention(nnx.Module):
         self.soft_cap = soft_cap
         self.sm_scale = sm_scale
         self.implementation = implementation
+        self.fixed_split = fixed_split
 
     def __call__(
         self,
@@ -288,6 +291,7 @@ class PagedAttention(nnx.Module):
             sm_scale=self.sm_scale,
             sinks=None if self.sinks is None else self.sinks[...],
             implementation=self.implementation,
+            fixed_split=self.fixed_split if schedule is None else None,
             schedule=schedule,
         )
         return self.o_proj(out.reshape(x.shape[0], -1)), cache

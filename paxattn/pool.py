@@ -124,7 +124,7 @@ def admit_rows(
     """
     if pool.prefix is None:
         return pool
-    width = pool.table.max_pages_per_seq * pool.table.page_size
+    width = min(pool.table.max_pages_per_seq * pool.table.page_size, prompts.size)
 
     def body(state: tuple) -> tuple:
         prefix, table, left = state
@@ -140,24 +140,61 @@ def admit_rows(
     return replace(pool, table=table, prefix=prefix)
 
 
-def remember_rows(pool: Pool, mask: jax.Array) -> Pool:
-    """Let others find the full pages of rows bool[R]; without a prefix cache, do nothing."""
+def remember_rows(
+    pool: Pool,
+    mask: jax.Array,
+    tokens: jax.Array | None = None,
+    lines: jax.Array | None = None,
+) -> Pool:
+    """Let others find the full pages of rows bool[R]; without a prefix cache, do nothing.
+
+    Args:
+        pool: the pool.
+        mask: bool[R].
+        tokens: i32[K, L], what rows hold; None: as noted, which rows with gaps have lost.
+        lines: i32[R], which line of ``tokens`` is a row's.
+    """
     if pool.prefix is None:
         return pool
-    prefix, table = prefix_cache.insert_rows(pool.prefix, pool.table, mask, None, pool.salts)
+    prefix, table = prefix_cache.insert_rows(
+        pool.prefix, pool.table, mask, tokens, pool.salts, lines
+    )
     return replace(pool, prefix=prefix, table=table)
 
 
-def release_rows(pool: Pool, mask: jax.Array, *, scrub: bool) -> Pool:
+def release_rows(
+    pool: Pool,
+    mask: jax.Array,
+    *,
+    scrub: bool,
+    tokens: jax.Array | None = None,
+    lines: jax.Array | None = None,
+) -> Pool:
     """Release rows, whose full pages the prefix cache remembers.
 
     Args:
         pool: the pool.
         mask: bool[R].
         scrub: static; zero the pages that nobody holds any more.
+        tokens: see `remember_rows`.
+        lines: see `remember_rows`.
     """
-    pool = remember_rows(pool, mask)
+    pool = remember_rows(pool, mask, tokens, lines)
     return with_table(pool, page_table.release(pool.table, mask), scrub=scrub)
+
+
+def leave_behind(pool: Pool, window: int | None, *, scrub: bool) -> Pool:
+    """Give back the pages that no layer's sliding window will reach from any row's next token on.
+
+    Args:
+        pool: the pool.
+        window: static, the widest of the layers' windows in tokens; None: a layer sees everything.
+        scrub: static; zero the pages that nobody holds any more.
+    """
+    if window is None:
+        return pool
+    table = page_table.discard(pool.table, pool.table.kv_lens + 1 - window)
+    return with_table(pool, table, scrub=scrub)
 
 
 def with_table(pool: Pool, table: PageTable, *, scrub: bool) -> Pool:

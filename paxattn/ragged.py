@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from paxattn.kv_cache import KVCache
@@ -62,6 +63,18 @@ class RaggedBatch:
     shared: SharedPrefix | None = None
 
 
+def fitting_rows(q_lens: jax.Array, num_tokens: int, max_q_len: int) -> jax.Array:
+    """Rows whose new tokens i32[R] are all among the first ``num_tokens`` of the batch, bool[R]."""
+    if q_lens.size * max_q_len <= num_tokens:
+        return q_lens <= max_q_len
+    over = num_tokens + 1
+    # Sums that stop there, so that they cannot overflow.
+    ends = lax.associative_scan(
+        lambda a, b: jnp.minimum(a, over - b) + b, jnp.clip(q_lens, 0, over)
+    )
+    return ends < over
+
+
 def ragged_batch(
     table: PageTable,
     q_lens: ArrayLike,
@@ -77,7 +90,8 @@ def ragged_batch(
 
     Args:
         table: the page table, ``kv_lens`` not yet advanced.
-        q_lens: i32[R], new tokens per row; their sum must not exceed ``num_tokens``.
+        q_lens: i32[R], new tokens per row. Rows whose tokens end beyond ``num_tokens`` are as if
+            not live.
         num_tokens: static number of packed tokens T, padding included.
         max_q_len: static upper bound of ``q_lens``; ``num_tokens`` by default.
         live: bool[R], rows whose tokens are stored, such as those for which `page_table.reserve`
@@ -91,18 +105,19 @@ def ragged_batch(
     max_q_len = num_tokens if max_q_len is None else max_q_len
     if not 1 <= max_q_len <= num_tokens:
         raise ValueError(f"{max_q_len=} must be between 1 and {num_tokens=}")
+    if tree is not None and max_q_len > len(tree.parents):
+        raise ValueError(f"{max_q_len=} must be at most {len(tree.parents)}, the nodes of the tree")
     q_lens = as_integers("q_lens", q_lens, (table.max_seqs,))
     rows, offsets, active = token_rows(q_lens, num_tokens)
     slots = slot_mapping(table, q_lens, num_tokens)
-    stored = q_lens
+    stored = fitting_rows(q_lens, num_tokens, max_q_len)
     if live is not None:
-        live = as_mask("live", live, q_lens.shape)
-        stored = jnp.where(live, q_lens, 0)
-        outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=jnp.int32)
-        slots = jnp.where(live[rows], slots, outside)
+        stored &= as_mask("live", live, q_lens.shape)
+    outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=jnp.int32)
+    slots = jnp.where(stored[rows], slots, outside)
     first = jnp.zeros_like(q_lens, shape=(1,))
     cu_q_lens = jnp.concatenate([first, jnp.cumsum(q_lens, dtype=jnp.int32)])
-    kv_lens = table.kv_lens + stored
+    kv_lens = table.kv_lens + jnp.where(stored, q_lens, 0)
     ancestors, shared = None, None
     if tree is not None:
         masks, depths = tree_arrays(tree)

@@ -379,8 +379,9 @@ def _check_draft(draft: Any, vocab_size: int) -> None:
                 f"{vocab_size}: both need the same vocabulary"
             )
     for name, value in numbers.items():
-        positive(f"draft.{name}", value)
-    if draft.branches > 1 and 1 + draft.num_tokens * draft.branches > MOST_NODES:
+        if positive(f"draft.{name}", value) > MOST_NODES:
+            raise ValueError(f"draft.{name}={value} must be at most {MOST_NODES}")
+    if 1 + draft.num_tokens * draft.branches > MOST_NODES:
         raise ValueError(
             f"draft.num_tokens={draft.num_tokens} with draft.branches={draft.branches} must be at "
             f"most {MOST_NODES - 1} guesses together: lower one of them"

@@ -24,7 +24,9 @@ _LIMITS = np.finfo(np.float32)
 _SMALLEST, _LARGEST = float(_LIMITS.tiny), 1 / float(_LIMITS.tiny)
 
 LogitsProcessor = Callable[[jax.Array, jax.Array], jax.Array]
-"""``(logits f32[R, V], num_generated i32[R]) -> f32[R, V]``, traceable; runs before the rest."""
+"""``(logits f32[n, V], num_generated i32[n]) -> f32[n, V]``, traceable; runs before the rest.
+
+There is a line for each token asked about: one per row, with speculation several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def find_shared_prefix(
 ) -> SharedPrefix:
     """Find the groups whose sharing saves most, and say whether it pays.
 
-    Costs O(R x M) comparisons of integers.
+    Costs O(R x M) comparisons of integers, and where anything is shared O(R x R x log M) more.
 
     Args:
         block_tables: i32[R, M].
@@ -111,8 +111,8 @@ def _common_pages(
     block_tables: jax.Array, history: jax.Array, live: jax.Array, page_size: int, num_pages: int
 ) -> jax.Array:
     """How many pages each live row has in common with the live row before it, i32[R]."""
-    row = jnp.arange(live.size, dtype=jnp.int32)
-    before = jnp.max(jnp.where(live & (row < row[:, None]), row, -1), axis=1)
+    latest = lax.cummax(jnp.where(live, jnp.arange(live.size, dtype=jnp.int32), -1))
+    before = jnp.pad(latest[:-1], (1, 0), constant_values=-1)
     other = jnp.maximum(before, 0)
     same = (block_tables == block_tables[other]) & (block_tables >= 0) & (block_tables < num_pages)
     entry = jnp.arange(block_tables.shape[1], dtype=jnp.int32)

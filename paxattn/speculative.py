@@ -40,7 +40,7 @@ from paxattn.ngram import NGram, propose_ngram
 from paxattn.page_table.pages import read_entries
 from paxattn.pool import Pool, make_room, note_tokens, with_table
 from paxattn.sampling import LogitsProcessor, RowSampling, runners_up, sample
-from paxattn.step import LanguageModel, ragged_step
+from paxattn.step import LanguageModel, ragged_step, run_tokens, shed, window_of
 from paxattn.tree import Tree, spine, walk
 
 
@@ -227,19 +227,23 @@ def speculative_step(
     else:
         state, guesses, count = _propose_model(drafter, state, live, limit, logits_processor, scrub)
 
-    wanted = jnp.where(live, count * branches + 1, 0)
-    pool, ok = make_room(decode.pool, wanted, max_new_tokens=num_nodes, scrub=scrub)
-    count = jnp.where(live & ok, count, 0)
-    q_lens = jnp.where(live, count * branches + 1, 0)
+    # Every row's next token comes before anybody's guesses.
+    pool, ok = make_room(decode.pool, live.astype(jnp.int32), max_new_tokens=1, scrub=scrub)
+    runs = live & ok
+    wanted = jnp.where(runs, count * branches + 1, 0)
+    pool, ok = make_room(pool, wanted, max_new_tokens=num_nodes, scrub=scrub)
+    count = jnp.where(runs & ok, count, 0)
+    q_lens = jnp.where(runs, count * branches + 1, 0)
     num_tokens = lens.size * num_nodes
     rows, offsets, active = page_table.token_rows(q_lens, num_tokens)
     guesses = guesses.reshape(lens.size, -1)
     candidates = jnp.concatenate([decode.last_token[:, None], guesses], axis=1)
     tokens = jnp.where(active, jnp.maximum(candidates[rows, offsets], 0), 0)
-    pool, hidden, ok = ragged_step(
-        model, pool, tokens, q_lens, live=live, max_q_len=num_nodes,
-        tree=tree if branches > 1 else None, scrub=scrub,
+    pool, hidden = run_tokens(
+        model, pool, tokens, q_lens, live=runs, max_q_len=num_nodes,
+        tree=tree if branches > 1 else None,
     )  # fmt: skip
+    use = decode.use.at_peak(pool.table)  # before guesses are given back
     token, logprob = _choose(
         model, decode, hidden, tree, candidates, rows, offsets, logits_processor
     )
@@ -248,14 +252,14 @@ def speculative_step(
     logprobs = jnp.zeros(candidates.shape, jnp.float32).at[place].set(logprob, mode="drop")
 
     path, kept = walk(tree, candidates, chosen, count, branches)
-    gained = jnp.where(live & ok, kept + 1, 0)
+    gained = jnp.where(runs, kept + 1, 0)
     tested = (guesses >= 0) & (jnp.arange(k * branches) < (count * branches)[:, None])
     candidates, chosen, logprobs = (
         jnp.take_along_axis(x, path, axis=1) for x in (candidates, chosen, logprobs)
     )
     if branches > 1:
         pool = _compact(pool, lens, path, gained, candidates)
-    table, _ = page_table.truncate(pool.table, jnp.where(live & ok, lens + gained, -1))
+    table, _ = page_table.truncate(pool.table, jnp.where(runs, lens + gained, -1))
     pool = with_table(pool, table, scrub=scrub)
     # What the cache now holds of each row: the newest token and the guesses kept.
     stored = jnp.where(jnp.arange(k + 1) < gained[:, None], candidates, decode.seen.shape[1])
@@ -264,28 +268,31 @@ def speculative_step(
     at = jnp.where(at >= 0, at, state.history.shape[1])
     history = state.history.at[jnp.arange(lens.size)[:, None], at].set(chosen, mode="drop")
     decode = record(
-        dataclasses.replace(decode, pool=pool, seen=seen),
+        dataclasses.replace(decode, pool=pool, seen=seen, use=use),
         chosen,
         logprobs,
         gained,
-        failed=live & ~ok,
+        failed=live & ~runs,
+        window=window_of(model),
         scrub=scrub,
     )
+    decode = dataclasses.replace(decode, pool=shed(model, decode.pool, scrub=scrub))
     own = state.pool
-    if own is not None:
+    if own is not None and isinstance(drafter, DraftModel):
         running = decode.status == Status.RUNNING
         # The draft model has stored its first choices only.
         first = path[:, 1:] == 1 + jnp.arange(k) * branches
         known = jnp.minimum(gained, 1 + jnp.sum(first, axis=1, dtype=jnp.int32))
         lens = jnp.where(running, jnp.minimum(lens + known, own.table.kv_lens), 0)
         own = with_table(own, page_table.truncate(own.table, lens)[0], scrub=scrub)
+        own = shed(drafter.model, own, scrub=scrub)
     return dataclasses.replace(
         state,
         decode=decode,
         history=history,
         pool=own,
-        drafted=state.drafted + jnp.sum(tested & (live & ok)[:, None], dtype=jnp.int32),
-        accepted=state.accepted + jnp.sum(jnp.where(live & ok, kept, 0), dtype=jnp.int32),
+        drafted=state.drafted + jnp.sum(tested & runs[:, None], dtype=jnp.int32),
+        accepted=state.accepted + jnp.sum(jnp.where(runs, kept, 0), dtype=jnp.int32),
     )
 
 

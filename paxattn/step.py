@@ -18,13 +18,26 @@ from jax.typing import DTypeLike
 from paxattn import page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
-from paxattn.pool import Pool, admit_rows, make_room, note_tokens, release_rows, with_table
-from paxattn.ragged import RaggedBatch, check_same_pool, ragged_batch
+from paxattn.page_table.inputs import as_integers
+from paxattn.pool import (
+    Pool,
+    admit_rows,
+    leave_behind,
+    make_room,
+    note_tokens,
+    release_rows,
+    with_table,
+)
+from paxattn.ragged import RaggedBatch, check_same_pool, fitting_rows, ragged_batch
 from paxattn.tree import Tree
 
 
 class LanguageModel(Protocol):
-    """What a step needs of a model; `paxattn.models.Decoder` is one, yours may be another."""
+    """What a step needs of a model; `paxattn.models.Decoder` is one, yours may be another.
+
+    If all its layers have a sliding window, and it says so in ``config.windows`` (tokens, for each
+    layer), rows give back the pages that all of these have left behind.
+    """
 
     def init_cache(
         self, *, num_pages: int, page_size: int, dtype: DTypeLike | None = None
@@ -53,6 +66,12 @@ def check_model(name: str, model: Any) -> None:
         )
 
 
+def window_of(model: LanguageModel) -> int | None:
+    """The widest of a model's sliding windows in tokens; None: some layer sees everything."""
+    windows = getattr(getattr(model, "config", None), "windows", ())
+    return max(windows) if windows and all(windows) else None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PoolUse:
@@ -62,7 +81,8 @@ class PoolUse:
         num_steps: i32[], steps run.
         peak_pages: i32[], most pages held at once.
         page_steps: f32[], pages held, summed over steps.
-        token_steps: f32[], tokens of all rows, summed over steps (shared ones once per row).
+        token_steps: f32[], tokens of all rows that a window still reaches, summed over steps
+            (shared ones once per row).
         row_steps: f32[], rows served, summed over steps.
         cached_tokens: i32[], tokens of prompts that were not computed, because pages held them.
     """
@@ -74,15 +94,20 @@ class PoolUse:
     row_steps: jax.Array
     cached_tokens: jax.Array
 
-    def after(self, table: PageTable) -> PoolUse:
-        """One more step, which left this table."""
+    def at_peak(self, table: PageTable) -> PoolUse:
+        """The same step, which held more pages for a while."""
         held = table.num_pages - table.num_free
+        return replace(self, peak_pages=jnp.maximum(self.peak_pages, held))
+
+    def after(self, table: PageTable, window: int | None) -> PoolUse:
+        """One more step, which left this table; the window is the model's, see `window_of`."""
+        held = table.num_pages - table.num_free
+        needed = table.kv_lens if window is None else jnp.minimum(table.kv_lens, window)
         return replace(
-            self,
+            self.at_peak(table),
             num_steps=self.num_steps + 1,
-            peak_pages=jnp.maximum(self.peak_pages, held),
             page_steps=self.page_steps + held.astype(jnp.float32),
-            token_steps=self.token_steps + jnp.sum(table.kv_lens).astype(jnp.float32),
+            token_steps=self.token_steps + jnp.sum(needed.astype(jnp.float32)),
             row_steps=self.row_steps + jnp.sum(table.kv_lens > 0).astype(jnp.float32),
         )
 
@@ -183,20 +208,30 @@ def ragged_step(
         scrub: see `pool.make_room`.
 
     Returns:
-        ``(pool, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could be had
-        is not ok: it is left as it was, and its hidden states mean nothing.
+        ``(pool, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could be had,
+        or whose tokens end beyond T, is not ok: it is left as it was, and its hidden states mean
+        nothing.
 
     Raises:
         ValueError: the pages and the table differ in number or page size.
     """
     max_q_len = tokens.shape[0] if max_q_len is None else max_q_len
-    new_tokens = q_lens if live is None else jnp.where(live, q_lens, 0)
-    pool, ok = make_room(pool, new_tokens, max_new_tokens=max_q_len, scrub=scrub)
-    stored = ok if live is None else live & ok
+    q_lens = as_integers("q_lens", q_lens, (pool.table.max_seqs,))
+    fits = fitting_rows(q_lens, tokens.shape[0], max_q_len)
+    stored = fits if live is None else live & fits
+    pool, ok = make_room(pool, jnp.where(stored, q_lens, 0), max_new_tokens=max_q_len, scrub=scrub)
     pool, hidden = run_tokens(
-        model, pool, tokens, q_lens, live=stored, max_q_len=max_q_len, tree=tree
+        model, pool, tokens, q_lens, live=stored & ok, max_q_len=max_q_len, tree=tree
     )
-    return pool, hidden, ok
+    return pool, hidden, ok & fits
+
+
+def shed(model: LanguageModel, pool: Pool, *, scrub: bool) -> Pool:
+    """Give back what rows that decode have left behind, see `pool.leave_behind`.
+
+    A pool with a prefix cache keeps it until they end: of a row with gaps nothing is remembered.
+    """
+    return pool if pool.prefix is not None else leave_behind(pool, window_of(model), scrub=scrub)
 
 
 def prefill(
@@ -233,7 +268,7 @@ def prefill(
     common = jnp.where(stored, prompts.common, 0)
     empty = (lens > 0) & (pool.table.kv_lens == 0)
     pool = admit_rows(pool, empty, prompts.tokens, prompts.starts, lens + 1)
-    use = count_cached(use, jnp.minimum(pool.table.kv_lens, lens))
+    use = count_cached(use, jnp.where(empty, pool.table.kv_lens, 0))
 
     def left(pool: Pool, failed: jax.Array) -> jax.Array:
         return jnp.where(failed, 0, jnp.maximum(lens - pool.table.kv_lens, 0))
@@ -251,7 +286,7 @@ def prefill(
         index = prompts.starts[rows] + pool.table.kv_lens[rows] + offsets
         tokens = prompts.tokens.at[index].get(mode="clip")
         pool, _, ok = ragged_step(model, pool, tokens, q_lens, scrub=scrub)
-        use = use.after(pool.table)
+        use = use.after(pool.table, window_of(model))
         ends = first_only(~ok)
         pool = release_rows(pool, ends, scrub=scrub)
         return pool, use, failed | ends

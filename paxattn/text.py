@@ -70,6 +70,11 @@ class TextStream:
         self._ids.append(token)
         known = self._text(self._ids[self._context : self._done])
         text = self._text(self._ids[self._context :])
+        if text == known:  # a special token: as if it had not come
+            self._ids.pop()
+            return ""
+        if not text.startswith(known):  # the prompt ended within a character, and now it is whole
+            known = known.rstrip(_UNFINISHED)
         if len(text) <= len(known) or text.endswith(_UNFINISHED):
             return ""
         self._context, self._done = self._done, len(self._ids)

@@ -119,6 +119,16 @@ def make(case: Case, seed: int = 0) -> Inputs:
     )
 
 
+def leave_behind(inputs: Inputs) -> Inputs:
+    """Takes the pages away that no query's sliding window reaches."""
+    case, tables, owned = inputs.case, inputs.block_tables.copy(), inputs.owned.copy()
+    for row, (new, held) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        behind = max(held - new - case.window + 1, 0) // case.page_size
+        owned[tables[row, :behind]] = False
+        tables[row, :behind] = len(owned)
+    return dataclasses.replace(inputs, block_tables=tables, owned=owned)
+
+
 def poison(inputs: Inputs, value: float = np.nan) -> Inputs:
     """Puts `value` in all that no row may read: other slots, other layers, padding queries."""
 

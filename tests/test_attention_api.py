@@ -225,7 +225,7 @@ def test_explain_takes_shapes(changes):
 
 DECLINED = {
     "mosaic_gpu": r"its kernels are for NVIDIA Hopper GPUs \(H100, H200, GH200\), not cpu",
-    "mosaic_tpu": "this version of paxattn has no Mosaic TPU kernel",
+    "mosaic_tpu": "its kernel is for TPUs from v5e and v5p on, not cpu",
 }
 
 
@@ -248,6 +248,7 @@ def test_implementations_lists_this_machine():
     assert list(listed) == ["mosaic_gpu", "mosaic_tpu", "reference"]
     assert [available for available, _ in listed.values()] == [False, False, True]
     assert "for NVIDIA Hopper GPUs" in listed["mosaic_gpu"][1]
+    assert "for TPUs from v5e and v5p on" in listed["mosaic_tpu"][1]
 
 
 def building_for(device_kind):

@@ -107,6 +107,11 @@ def test_no_tokens_asked_for(llama):
         ({"num_beams": 2, "early_stopping": "maybe"}, ValueError, "early_stopping='maybe' must"),
         ({"num_beams": 2, "early_stopping": 1}, ValueError, "early_stopping=1 must be False, True"),
         ({"num_beams": 2, "length_penalty": float("nan")}, ValueError, "length_penalty=nan must"),
+        (
+            {"num_beams": 2, "length_penalty": -50, "max_new_tokens": 10},
+            ValueError,
+            "length_penalty=-50 is too far from 0 for 10 new tokens",
+        ),
         ({"num_beams": 2, "num_samples": 2}, ValueError, "num_samples= does not go with num_beams"),
         ({"num_beams": 2, "sampling": SamplingParams()}, ValueError, "sampling= does not go with"),
         ({"length_penalty": 2.0}, ValueError, "beam search has these, pass num_beams= too"),

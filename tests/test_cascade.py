@@ -1,6 +1,7 @@
 """Shared prefixes: which rows are grouped, and that reading once changes nothing but rounding."""
 
 import dataclasses
+import functools
 
 import attention_cases as cases
 import jax
@@ -13,6 +14,7 @@ from test_attention import check, run, same
 from paxattn.attention import paged_attention
 from paxattn.attention.cascade import merge
 from paxattn.shared_prefix import find_shared_prefix
+from paxattn.tree import comb, tree_arrays
 
 # A row without tokens, five rows that share 6 pages, one alone, and four that share 4 pages.
 ROWS = dict(
@@ -127,6 +129,28 @@ def test_matches_oracle_and_ignores_poison(options):
     got = run(inputs, shared=shared)
     check(inputs, got)
     same(run(cases.poison(inputs), shared=shared), got)
+
+
+def test_guesses_see_all_that_is_shared():
+    """Whose ancestors are told among the new tokens only: the shared ones are before them all."""
+    inputs = shared_case()
+    masks = np.concatenate([tree_arrays(comb(1, 2))[0][:n] for n in (*CASE.q_lens, CASE.padding)])
+    got = run(inputs, ancestors=masks, shared=found(inputs))
+    for have, want in zip(got, run(inputs, ancestors=masks), strict=True):
+        np.testing.assert_allclose(have, want, atol=1e-5)
+
+
+def test_a_fixed_split_goes_without():
+    """What rows share is no matter of one row."""
+    inputs = shared_case()
+
+    def parts(**options):
+        call = functools.partial(paged_attention, shared=found(inputs), **options)
+        traced = jax.make_jaxpr(lambda *arrays: call(*arrays, **inputs.options))
+        arrays = inputs.q, inputs.k_pages, inputs.v_pages
+        return str(traced(*arrays)).count("name=paged_attention_reference")
+
+    assert (parts(), parts(fixed_split=64)) == (2, 1)
 
 
 def test_a_window_that_hides_something_rules_it_out():

@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from paxattn.models import CheckpointError, GenerationConfig, bundled, load
 from paxattn.models.config import config_from_dict, read_json
 from paxattn.rope import Rope
+from paxattn.sampling import SamplingParams
 
 LLAMA = dict(
     model_type="llama",
@@ -516,14 +517,17 @@ def test_generation_config(directory):
     checkpoint = load(directory)
     assert checkpoint.stop_token_ids == (5, 7)
     assert checkpoint.generation_config == GenerationConfig(
-        eos_ids=(5, 7, 151645), bos_id=1, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
+        eos_ids=(5, 7, 151645), do_sample=True, temperature=0.6, top_k=20, top_p=0.9
     )
+    sampling = SamplingParams(seed=3, **checkpoint.generation_config.sampling)
+    assert sampling == SamplingParams(temperature=0.6, top_k=20, top_p=0.9, seed=3)
+    assert GenerationConfig(temperature=0.6).sampling == {}  # not sampled: greedy
 
 
 def test_token_ids_from_config_json(directory):
     (directory / "generation_config.json").unlink()
-    edit_json(directory / "config.json", eos_token_id=9, bos_token_id=0, pad_token_id=-1)
-    assert load(directory).generation_config == GenerationConfig(eos_ids=(9,), bos_id=0)
+    edit_json(directory / "config.json", eos_token_id=9)
+    assert load(directory).generation_config == GenerationConfig(eos_ids=(9,))
 
 
 @pytest.mark.parametrize(

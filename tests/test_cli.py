@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: text, summary, errors of one line, exit codes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ from click.testing import CliRunner
 
 from paxattn import cli, display
 from paxattn.cli.plan import Bytes
-from paxattn.models import bundled
+from paxattn.models import GenerationConfig, bundled
+from paxattn.sampling import SamplingParams
 
 
 def run(*args, stdin=None, **env):
@@ -35,6 +37,27 @@ def in_process(*args, stdin=None, monkeypatch=None, capfd=None):
         code = stop.code or 0
     out, err = capfd.readouterr()
     return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [((), {"temperature": 0.6, "top_p": 0.9}), (("--top-k", "3"), {"top_k": 3})],
+)
+def test_without_sampling_options_the_checkpoint_says_how(monkeypatch, capfd, given, used):
+    asked = []
+    module = sys.modules["paxattn.cli.generate"]
+    advice = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
+    loaded = module.load(module.bundled())
+    changed = dataclasses.replace(loaded, generation_config=advice)
+    monkeypatch.setattr(module, "load", lambda *args, **options: changed)
+
+    def stream(*args, sampling, **options):
+        asked.extend(sampling)
+        sys.exit()
+
+    monkeypatch.setattr(module, "stream", stream)
+    in_process("generate", "-p", "a", "-p", "b", *given, monkeypatch=monkeypatch, capfd=capfd)
+    assert asked == [SamplingParams(seed=seed, **used) for seed in (0, 1)]
 
 
 def test_generate_from_standard_input():
@@ -232,7 +255,7 @@ def test_plan(monkeypatch, capfd):
     assert "1,024 reserved for each 953 25.0%" in lines  # 10**9 // (1,024 * 1,024)
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "serve", "bench", "plan", "doctor"])
 def test_help(command):
     result = CliRunner().invoke(cli.cli, [command, "--help"])
     assert result.exit_code == 0

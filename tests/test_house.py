@@ -40,6 +40,7 @@ ROOMS = [
     "memory",
     "__init__",
     "display",
+    "server",
     "cli",
     "__main__",
 ]

@@ -110,6 +110,12 @@ def test_a_missing_page_is_hidden_not_replaced():
     np.testing.assert_allclose(lse, want[1], atol=1e-4)
 
 
+def test_pages_behind_the_window_may_be_missing():
+    case = Case(q_lens=(1, 1, 2), kv_lens=(300, 90, 150), **BF16, heads=(2, 1), window=40)
+    inputs = cases.make(case)
+    check(inputs, run(cases.poison(cases.leave_behind(inputs))))
+
+
 def test_many_pages():
     case = Case(q_lens=(1, 1), kv_lens=(90, 17), **BF16, heads=(1, 1), page_size=8, max_q_len=1)
     inputs = cases.make(case)

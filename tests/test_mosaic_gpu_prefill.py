@@ -129,6 +129,12 @@ def test_a_missing_page_hides_what_follows():
 
 
 @interpreted
+def test_pages_behind_the_window_may_be_missing():
+    inputs = cases.make(Case(q_lens=(20, 130), kv_lens=(150, 300), **BF16, heads=(2, 1), window=40))
+    check(inputs, run(cases.poison(cases.leave_behind(inputs))))
+
+
+@interpreted
 def test_many_pages():
     inputs = cases.make(Case(q_lens=(20,), kv_lens=(90,), **BF16, heads=(2, 1), page_size=8))
     num_pages, old = 40_000, len(inputs.owned)

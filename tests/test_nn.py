@@ -18,6 +18,7 @@ from paxattn.pool import init_pool
 from paxattn.ragged import ragged_batch
 from paxattn.rope import Rope, rotate
 from paxattn.step import ragged_step
+from paxattn.tree import Tree
 
 # Row 1 has nothing to do; three tokens of padding.
 Q_LENS = (5, 0, 9)
@@ -114,6 +115,25 @@ def test_rows_that_are_not_live_store_nothing():
     everyone = ragged_batch(table, q_lens, num_tokens=4)
     np.testing.assert_array_equal(everyone.kv_lens, [4, 4])
     assert (everyone.slots[:3] < 12).all()
+
+
+def test_rows_whose_tokens_end_beyond_the_batch_store_nothing():
+    class Echo:
+        def __call__(self, tokens, batch, cache):
+            return batch.slots, cache
+
+    cache = init_kv_cache(num_layers=1, num_kv_heads=1, head_dim=2, num_pages=4, page_size=4)
+    pool = init_pool(cache, max_seqs=3, max_pages_per_seq=2)
+    tokens = jnp.zeros(4, jnp.int32)
+    for lens, fit in (([3, 3, 1], [1, 0, 0]), ([0, 4, 0], [1, 1, 1]), ([2**31 - 1, 2, 1], [0] * 3)):
+        q_lens = jnp.array(lens, jnp.int32)
+        stepped, slots, ok = ragged_step(Echo(), pool, tokens, q_lens)
+        np.testing.assert_array_equal(ok, np.array(fit, bool))
+        stored = q_lens * jnp.array(fit)
+        np.testing.assert_array_equal(stepped.table.kv_lens, stored)
+        assert (slots < 16).sum() == stored.sum()
+    with pytest.raises(ValueError, match="max_q_len=4 must be at most 3, the nodes of the tree"):
+        ragged_batch(pool.table, [1, 2, 1], num_tokens=4, tree=Tree(parents=(-1, 0, 0)))
 
 
 def dense_layer(layer, x, **options):

@@ -18,8 +18,9 @@ N, P, R, M = 10, 4, 4, 4  # the shapes that most tests share, so that steps comp
 
 STEPS = {
     name: jax.jit(getattr(pt, name))
-    for name in ("append", "truncate", "release", "fork", "reorder", "adopt", "retain", "drop")
+    for name in ("append", "truncate", "discard", "release", "fork", "reorder", "adopt", "retain")
 }
+STEPS["drop"] = jax.jit(pt.drop)
 STEPS["reserve"] = jax.jit(pt.reserve, static_argnames=("max_new_pages", "max_new_tokens"))
 STEPS["slot_mapping"] = jax.jit(pt.slot_mapping, static_argnums=2)
 STEPS["token_rows"] = jax.jit(pt.token_rows, static_argnums=1)
@@ -399,6 +400,47 @@ def test_truncate_of_a_fork_leaves_the_other_row():
     pt.check_invariants(after)
 
 
+@pytest.mark.parametrize(("start", "gone"), [(-9, 0), (3, 0), (4, 1), (11, 2), (12, 2), (99, 2)])
+def test_discard_gives_back_whole_pages_but_never_the_last(start, gone):
+    table = filled(12, 6, 0, 0)
+    pages = held(table, 0)
+    after = STEPS["discard"](table, i32([start, 0, start, 0]))
+    pt.check_invariants(after)
+    assert after.block_tables[0].tolist() == [N] * gone + pages[gone:] + [N]
+    assert after.kv_lens.tolist() == [12, 6, 0, 0]
+    assert int(after.num_free) == int(table.num_free) + gone
+    assert_row_same(after, table, 1)
+    used = STEPS["utilization"](after)
+    assert (int(used.tokens_stored), int(used.tokens_shared)) == (18 - gone * P, 0)
+
+
+def test_a_row_that_discarded_its_beginning_goes_on_as_before():
+    table = STEPS["discard"](filled(12, 0, 0, 0), i32([8, 0, 0, 0]))
+    # Its holds are only its own: forks of it have the same gap, and are not taken for empty.
+    table, ok = STEPS["fork"](table, i32([0, 1]), i32([1, 0]))
+    assert np.asarray(ok).tolist() == [True, False]
+    table, ok = STEPS["adopt"](table, np.int32(1), i32([held(table, 0)[0]] * M), np.int32(3))
+    assert not ok
+    pt.check_invariants(table)
+    assert int(table.num_free) == N - 1
+    # Truncating it to what is no longer there is refused; within the rest it is not.
+    for lens, fine in (([8, -1], False), ([9, -1], True), ([0, -1], True)):
+        after, ok = STEPS["truncate"](table, i32([*lens, -1, -1]))
+        assert bool(ok[0]) == fine
+        assert after.kv_lens.tolist() == [lens[0] if fine else 12, 12, 0, 0]
+        pt.check_invariants(after)
+    table, _ = grow(table, 3, 1, 0, 0)
+    assert [len(held(table, row)) for row in range(2)] == [2, 2]
+    table = STEPS["reorder"](table, i32([0, 0, 0, 0]), mask(1, 2))
+    pt.check_invariants(table)
+    assert table.kv_lens.tolist() == [15, 15, 15, 0]
+    table = STEPS["discard"](table, i32([99] * R))
+    assert [held(table, row) for row in range(3)] == [held(table, 0)[-1:]] * 3
+    table = STEPS["release"](table, mask(0, 1, 2, 3))
+    pt.check_invariants(table)
+    assert int(table.num_free) == N
+
+
 def test_release_returns_pages_once_and_ignores_empty_rows():
     table, _ = STEPS["fork"](filled(6, 0, 5, 0), i32([0]), i32([1]))
     table = STEPS["release"](table, mask(0, 3))
@@ -704,12 +746,15 @@ def test_check_invariants_names_what_is_wrong():
     table = filled(6, 3, 0, 0)
     blocks, refs = np.array(table.block_tables), np.array(table.ref_counts)
     stack = np.array(table.free_pages)
-    gap = np.where(np.arange(M) == 0, N, blocks)
+    gap = np.where(np.arange(R * M).reshape(R, M) == 2 * M + 1, 0, blocks)
+    between = np.where(np.arange(M) == 1, N, np.arange(R * M).reshape(R, M) % N)
     twice = np.where(np.arange(N) == 0, stack[1], stack)
     cases = [
         ({"block_tables": np.where(blocks == N, -1, blocks)}, "block_tables entries outside"),
         ({"block_tables": gap}, "pages after an unused entry"),
+        ({"block_tables": between, "kv_lens": [9] * R}, "entries of block_tables between pages"),
         ({"kv_lens": [6, 5, 0, 0]}, "kv_lens beyond the pages held: 1 wrong"),
+        ({"kv_lens": [6, 99, 0, 0]}, "kv_lens beyond the pages held: 1 wrong"),
         ({"kv_lens": [-1, 3, 0, 0]}, "negative kv_lens"),
         ({"ref_counts": refs + 1}, "ref_counts differ from the holders of 10 pages"),
         ({"num_free": N + 1}, "num_free=11"),
@@ -775,6 +820,7 @@ def busy_step(table, i):
     table = pt.retain(table, table.block_tables[0], rows < 1)
     table = pt.drop(table, table.block_tables[0], rows < 1)
     table, _ = pt.adopt(table, i % R, table.block_tables[1], table.kv_lens[1])
+    table = pt.discard(table, jnp.where(rows == i % 4, i - rows, 0))
     table = pt.release(table, (rows == i % 7) & (i % 2 == 0))
     seen = jnp.sum(ok, dtype=jnp.int32) + copies.count + jnp.sum(forked, dtype=jnp.int32)
     return table, seen + jnp.sum(slots, dtype=jnp.int32)
@@ -948,6 +994,7 @@ def test_no_step_copies_the_pool():
         table, _ = pt.append(table, none)
         table = pt.release(table, none > 0)
         table, _ = pt.truncate(table, none - 1)
+        table = pt.discard(table, none)
         table, _ = pt.fork(table, none - 1, none)
         table, _ = pt.adopt(table, none[0], none, none[0] - 1)
         return pt.reorder(table, none, none > 0)

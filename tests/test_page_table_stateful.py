@@ -34,6 +34,7 @@ PAIRS, HOLDS = 3, 4
 
 RESERVE = jax.jit(pt.reserve, static_argnames="max_new_pages", donate_argnums=0)
 APPEND = jax.jit(pt.append, donate_argnums=0)
+DISCARD = jax.jit(pt.discard, donate_argnums=0)
 TRUNCATE = jax.jit(pt.truncate, donate_argnums=0)
 RELEASE = jax.jit(pt.release, donate_argnums=0)
 FORK = jax.jit(pt.fork, donate_argnums=0)
@@ -78,7 +79,7 @@ class Allocator(RuleBasedStateMachine):
             num_pages=NUM_PAGES, page_size=PAGE_SIZE, max_seqs=ROWS, max_pages_per_seq=WIDTH
         )
         self.memory = np.full(NUM_PAGES * PAGE_SIZE, -1)
-        self.rows: list[list[Page]] = [[] for _ in range(ROWS)]
+        self.rows: list[list[Page | None]] = [[] for _ in range(ROWS)]
         self.tokens: list[list[int]] = [[] for _ in range(ROWS)]
         self.elsewhere: Counter[Page] = Counter()
         self.where: dict[Page, int] = {}  # physical page of each page of the model
@@ -87,7 +88,7 @@ class Allocator(RuleBasedStateMachine):
     # The model's own counting.
 
     def holders(self):
-        return Counter(page for row in self.rows for page in row) + self.elsewhere
+        return Counter(page for row in self.rows for page in row if page) + self.elsewhere
 
     def num_free(self):
         return NUM_PAGES - len(self.holders())
@@ -97,7 +98,7 @@ class Allocator(RuleBasedStateMachine):
         blocks = np.asarray(self.table.block_tables)
         for r, row in enumerate(self.rows):
             for j, page in enumerate(row):
-                if page not in self.where:
+                if page and page not in self.where:
                     assert blocks[r, j] in stack, "a page taken was not free before the step"
                     self.where[page] = int(blocks[r, j])
 
@@ -201,13 +202,23 @@ class Allocator(RuleBasedStateMachine):
 
     @rule(lens=amounts)
     def truncate(self, lens):
-        ok = [0 <= n <= len(tokens) for n, tokens in zip(lens, self.tokens, strict=True)]
+        ok = [
+            0 <= n <= len(tokens) and (n == 0 or row[pages_for(n) - 1] is not None)
+            for n, tokens, row in zip(lens, self.tokens, self.rows, strict=True)
+        ]
         self.table, got = TRUNCATE(self.table, i32(lens))
         assert np.asarray(got).tolist() == ok
         for r, n in enumerate(lens):
             if ok[r]:
                 del self.tokens[r][n:]
                 del self.rows[r][pages_for(n) :]
+
+    @rule(starts=amounts)
+    def discard(self, starts):
+        self.table = DISCARD(self.table, i32(starts))
+        for row, tokens, start in zip(self.rows, self.tokens, starts, strict=True):
+            for j in range(max(0, min(start, len(tokens) - 1)) // PAGE_SIZE):
+                row[j] = None
 
     @rule(mask=masks)
     def release(self, mask):
@@ -248,7 +259,7 @@ class Allocator(RuleBasedStateMachine):
     def adopt(self, row, source, num_tokens, stray):
         """Takes a row's full pages, as a prefix cache would, now and then with a bad one."""
         shared = self.rows[source][: len(self.tokens[source]) // PAGE_SIZE]
-        pages = [self.where[page] for page in shared]
+        pages = [NUM_PAGES if page is None else self.where[page] for page in shared]
         stack = self.free_stack()
         if stray == "free":
             stray = min(stack) if stack else -1
@@ -262,6 +273,7 @@ class Allocator(RuleBasedStateMachine):
             and 0 <= num_tokens <= WIDTH * PAGE_SIZE
             and (stray is None or used == 0)
             and used <= len(pages)
+            and NUM_PAGES not in pages[:used]
         )
         self.table, got = ADOPT(self.table, np.int32(row), i32(padded), np.int32(num_tokens))
         assert bool(got) == ok
@@ -317,7 +329,7 @@ class Allocator(RuleBasedStateMachine):
         assert table.num_free == self.num_free()
         assert table.kv_lens.tolist() == [len(tokens) for tokens in self.tokens]
         for r, row in enumerate(self.rows):
-            entries = [self.where[page] for page in row]
+            entries = [self.where[page] if page else NUM_PAGES for page in row]
             assert table.block_tables[r].tolist() == entries + [NUM_PAGES] * (WIDTH - len(row))
         for page, number in self.where.items():
             assert table.ref_counts[number] == holders[page]
@@ -327,21 +339,25 @@ class Allocator(RuleBasedStateMachine):
         memory = self.memory.reshape(NUM_PAGES, PAGE_SIZE)
         memory[sorted(self.free_stack())] = -1
         for row, tokens in zip(self.rows, self.tokens, strict=True):
-            stored = memory[[self.where[page] for page in row]].reshape(-1)[: len(tokens)]
+            gone = row.count(None) * PAGE_SIZE
+            stored = memory[[self.where[page] for page in row if page]].reshape(-1)
+            stored, tokens = stored[: len(tokens) - gone], tokens[gone:]
             wanted = [s if t is None else t for s, t in zip(stored, tokens, strict=True)]
             assert stored.tolist() == wanted
 
     @invariant()
     def utilization_is_exact(self):
         used = jax.device_get(UTILIZATION(self.table))
-        in_rows = {page for row in self.rows for page in row}
+        in_rows = {page for row in self.rows for page in row if page}
         slots = {
             (page, i)
             for row, tokens in zip(self.rows, self.tokens, strict=True)
             for j, page in enumerate(row)
             for i in range(min(PAGE_SIZE, max(0, len(tokens) - j * PAGE_SIZE)))
+            if page
         }
         stored = sum(map(len, self.tokens))
+        stored -= sum(row.count(None) for row in self.rows) * PAGE_SIZE
         assert used.num_pages == NUM_PAGES
         assert used.pages_held == len(self.holders())
         assert used.pages_in_rows == len(in_rows)

@@ -244,7 +244,7 @@ def test_a_page_that_goes_on_with_some_of_the_tokens_is_a_partial_hit():
 
 
 def test_partial_hits_are_looked_for_among_the_latest_full_pages_among_all():
-    host = Host(num_pages=3 * pc.EVICTION_SHARE)
+    host = Host(num_pages=pc.SIBLINGS + pc.EVICTION_SHARE)
     for i in range(pc.SIBLINGS + 1):
         host.put([*A, 100 + i, 5, 5, 5])
     assert host.match([*A, 100, 5, 6, 6])[1] == 4
@@ -881,3 +881,25 @@ def test_the_hit_rate_degrades_smoothly_under_eviction(serve):
     lost = [(a - b) / saved[0] for a, b in pairwise(saved)]
     assert min(lost) >= 0
     assert 0 < max(lost) < 0.25
+
+
+def test_steps_trace_under_shard_map():
+    """With check_vma on, a cache and a table per device."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def local(state):
+        cache, table, tokens, new = jax.tree.map(lambda x: x[0], state)
+        cache, table, done = pc.admit(cache, table, 0, tokens, L, 3)
+        cache, table, ok, copies = pc.reserve(cache, table, new, max_new_pages=2)
+        table, _ = pt.append(table, new)
+        cache, table = pc.insert_rows(cache, table, new > 0, None, new)
+        cache, table, freed = pc.evict(cache, table, 2)
+        found = pc.match(cache, table, tokens, L)
+        cache, table = pc.clear(cache, table)
+        return jax.tree.map(lambda x: x[None], (cache, table, done, ok, copies, freed, found))
+
+    host = Host()
+    state = host.cache, host.table, np.zeros(L, np.int32), np.ones(R, np.int32)
+    run = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
+    jax.eval_shape(run, jax.tree.map(lambda x: x[None], state))

@@ -16,6 +16,8 @@ from paxattn.decode_step import Status
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.sampling import SamplingParams
 from paxattn.serving import Engine, QueueFull, engine, init_serve, new_request
+from paxattn.serving.pace import Pace
+from paxattn.serving.stats import Meter
 
 V, P, PAGES, ROWS, PLACES, LONGEST = 257, 4, 32, 4, 12, 32
 CONFIG = DecoderConfig(
@@ -43,9 +45,9 @@ SIZES = {
 }
 
 
-def new_state(num_pages=PAGES, budget=8, watermark=0, remember=True):
+def new_state(num_pages=PAGES, budget=8, watermark=0, remember=True, model=MODEL):
     """A server with so many pages for us; somebody else holds the rest."""
-    state = init_serve(MODEL, **SIZES, remember=remember)
+    state = init_serve(model, **SIZES, remember=remember)
     others = jnp.arange(PAGES) < PAGES - num_pages
     table = dataclasses.replace(
         state.pool.table, ref_counts=others.astype(jnp.int32), num_free=jnp.int32(num_pages)
@@ -112,10 +114,10 @@ def workload(seed, priorities=1):
     return asked
 
 
-def alone(asked):
+def alone(asked, model=MODEL):
     """What `generate` says, which its own tests hold to one request at a time."""
     found = generate(
-        MODEL,
+        model,
         [one.prompt for one in asked],
         max_new_tokens=[one.new for one in asked],
         sampling=[one.sampling for one in asked],
@@ -127,7 +129,7 @@ def alone(asked):
     return found.completions
 
 
-def run(state, asked, arrivals, *, num_pages=PAGES, look=lambda state: state):
+def run(state, asked, arrivals, *, num_pages=PAGES, look=lambda state: state, model=MODEL):
     """Put each request at its time, in steps; run until all have ended, and check every step."""
     left = sorted(range(len(asked)), key=lambda i: arrivals[i])
     rank = {i: (-one.priority, i) for i, one in enumerate(asked)}
@@ -139,7 +141,7 @@ def run(state, asked, arrivals, *, num_pages=PAGES, look=lambda state: state):
             state = dataclasses.replace(state, requests=requests)
         unfinished = np.flatnonzero(np.asarray(state.requests.status) == Status.RUNNING)
         first = min(unfinished, key=rank.get, default=None)
-        state = look(engine._serve(MODEL, state, np.int32(1), **PLAIN))
+        state = look(engine._serve(model, state, np.int32(1), **PLAIN))
         clock += 1
         status, lens = jax.device_get((state.requests.status, state.requests.num_tokens))
         owners, stored = jax.device_get((state.owners, state.pool.table.kv_lens))
@@ -205,19 +207,44 @@ def test_every_request_but_the_first_in_rank_can_be_preempted_and_nothing_is_los
     assert PLACES - 1 not in preempted
 
 
+def poisoned(state):
+    """The state with NaN in all free pages."""
+    table = state.pool.table
+    free = np.arange(PAGES) >= int(table.num_free)
+    pages = np.where(free, PAGES, np.asarray(table.free_pages))
+    cache = jax.tree.map(lambda pool: pool.at[:, pages].set(jnp.nan, mode="drop"), state.pool.cache)
+    return dataclasses.replace(state, pool=dataclasses.replace(state.pool, cache=cache))
+
+
 def test_free_pages_never_reach_a_request():
     asked = workload(6)
     expected = alone(asked)
-
-    def poisoned(state):
-        table = state.pool.table
-        free = np.asarray(table.free_pages)[: int(table.num_free)]
-        cache = jax.tree.map(lambda pages: pages.at[:, free].set(jnp.nan), state.pool.cache)
-        return dataclasses.replace(state, pool=dataclasses.replace(state.pool, cache=cache))
-
     state, preempted = run(poisoned(new_state(9)), asked, [0] * PLACES, num_pages=9, look=poisoned)
     assert preempted
     assert_same(state, expected)
+
+
+@pytest.mark.parametrize(("salts", "at_once"), [([0] * 4, 4), ([0, 1, 0, 1], 1)])
+def test_requests_that_begin_alike_run_at_once_where_alone_each_fills_the_pool(salts, at_once):
+    stem = workload(7)[0].prompt * 16
+    asked = [
+        Asked([*stem[:16], 100 + i], 4, SamplingParams(seed=i), salt=salt)
+        for i, salt in enumerate(salts)
+    ]
+    most = 0
+
+    def count(state):
+        nonlocal most
+        most = max(most, int(jnp.sum(state.owners < PLACES)))
+        return state
+
+    # They come together: five pages each, of which four hold the same tokens.
+    state, _ = run(new_state(8), asked, [0] * 4, num_pages=8, look=count)
+    one_by_one, _ = run(new_state(), asked, [0, 30, 60, 90])
+    for (tokens, *_), (expected, *_) in zip(outputs(state), outputs(one_by_one), strict=True):
+        assert tokens == expected
+    assert most == at_once
+    assert int(state.preemptions) == 0  # pages that were promised were there
 
 
 @pytest.mark.slow
@@ -277,7 +304,7 @@ def test_engine_hands_over_what_generate_gives():
         assert [token for delta in deltas for token in delta.tokens] == one.tokens
         assert [delta.finish_reason for delta in deltas][-1] == one.finish_reason
         assert all(delta.finish_reason is None for delta in deltas[:-1])
-    stats = served.stats()
+    stats = served.stats
     assert (stats.running, stats.waiting, stats.pages_in_rows) == (0, 0, 0)
     assert stats.preemptions > 0
     assert checked(served._state, 8) == 0
@@ -299,7 +326,7 @@ def test_engine_generates_any_number_of_prompts_beside_others():
         news += served.step()
     assert {delta.index for delta in news} == {early}
     assert [token for delta in news for token in delta.tokens] == expected[3]
-    assert served.stats().cached_tokens > 0  # half of the prompts were there before
+    assert served.stats.cached_tokens > 0  # half of the prompts were there before
 
 
 def test_engine_queue_full_and_abort():
@@ -308,7 +335,7 @@ def test_engine_queue_full_and_abort():
     served = new_engine(12)
     for one in asked:
         served.add_request(one.prompt, **options_of(one))
-    with pytest.raises(QueueFull, match="all 12 places are taken"):
+    with pytest.raises(QueueFull, match="1 places needed, 0 of 12 free"):
         served.add_request([1], max_new_tokens=1)
     got = {i: [] for i in range(PLACES + 1)}
     for delta in served.step():
@@ -341,7 +368,95 @@ def test_engine_finds_stop_strings():
     (found,) = served.generate([prompt], max_new_tokens=16, stop=[stop])
     assert (found.finish_reason, found.tokens) == ("stop", whole.tokens[: at + 1])
     assert found.text.split() == whole.text.split()[:at]
-    assert served.stats().running == 0
+    assert served.stats.running == 0
+
+
+def test_samples_share_their_prompt():
+    one = dataclasses.replace(workload(13)[0], prompt=list(range(50, 66)), new=9)
+    drawn = {"temperature": 2.0, "top_p": 0.9}
+    params = [SamplingParams(**drawn, seed=seed % 2**32) for seed in (2**32 - 1, 2**32, 2**32 + 1)]
+    expected = alone([dataclasses.replace(one, sampling=params[i % 3]) for i in range(PLACES)])[:3]
+    assert len({tuple(each.tokens) for each in expected}) == 3
+    served = new_engine()
+    options = {**options_of(one), "sampling": params[0], "num_samples": 3}
+    beside = {"max_new_tokens": 4, "num_samples": 2}
+    assert served.add_request([1, 2], **beside) == 0
+    found = served.generate([one.prompt], **options)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
+    assert served.stats.cached_tokens == 2 * 15  # all but the last token, which must be computed
+    assert served.add_request([1, 2], **beside) == 5
+    ends = [delta.index for delta in served.drain() if delta.finish_reason]
+    assert set(ends) | {0, 1} == {0, 1, 5, 6}
+    # The one that stores the prompt may go away.
+    options = {**options, "stop_token_ids": ()}
+    first = served.add_request([7, *one.prompt[1:]], **options)
+    assert served.stats.waiting == 3
+    assert served.abort(first)
+    tokens = {first: 0, first + 1: 0, first + 2: 0}
+    for delta in served.drain():
+        tokens[delta.index] += len(delta.tokens)
+    assert list(tokens.values()) == [0, 9, 9]
+    with pytest.raises(QueueFull, match="13 places needed, 12 of 12 free"):
+        served.submit(served.prepare([[1]] * 13, max_new_tokens=1))
+    assert served.num_unfinished == 0
+
+
+def test_engine_stats():
+    served = new_engine()
+    before = served.stats
+    assert (before.generated_tokens, before.tokens_per_second, before.finished) == (0, 0.0, {})
+    prompt = list(range(50, 66))
+    options = {"max_new_tokens": 8, "stop_token_ids": ()}
+    served.generate([prompt], **options)
+    gone = [served.add_request(prompt, **options) for _ in range(6)][-1]
+    served.abort(gone)
+    seen = [served.stats]
+    while served.num_unfinished:
+        served.step()
+        seen.append(served.stats)
+    assert max(stats.waiting for stats in seen) == 5  # before the first block
+    assert max(stats.running for stats in seen) == ROWS
+    assert max(stats.pages_shared for stats in seen) == 3
+    assert all(stats.pages_shared <= stats.pages_in_rows for stats in seen)
+    stats = seen[-1]
+    assert stats.finished == {"length": 6, "abort": 1}
+    assert (stats.prompt_tokens, stats.generated_tokens) == (6 * 16, 6 * 8)
+    assert (stats.looked_up_tokens, stats.cached_tokens) == (6 * 16, 5 * 15)
+    assert stats.prefix_hit_rate == 75 / 96
+    assert stats.time_to_first_token.count == 6
+    at_first = 6 * 8 - stats.inter_token_latency.count  # handed over with the first token or as it
+    assert 6 <= at_first < 48
+    assert stats.inter_token_latency.total > 0
+    assert stats.tokens_per_second > 0
+    assert (stats.running, stats.waiting, stats.pages_in_rows, stats.utilization) == (0, 0, 0, 1)
+    assert stats.pages_cached > 0
+
+
+def test_counters_of_the_device_may_wrap():
+    meter = Meter()
+    assert meter.block(0.0, 1.0, 5, {"num_steps": 2**31 - 2}) == 2**31 - 2
+    assert meter.block(1.0, 2.0, 5, {"num_steps": -(2**31) + 2}) == 4
+    assert meter.device["num_steps"] == 2**31 + 2
+    assert meter.generated == 10
+
+
+def test_blocks_are_as_long_as_fits():
+    pace = Pace(64)
+    assert [pace.steps(storing) for storing in (True, False)] == [1, 1]
+    pace.took(True, 1, 30.0)  # compiled
+    assert pace.steps(True) == 1
+    pace.took(True, 1, 0.05)
+    assert (pace.steps(True), pace.steps(False)) == (2, 1)
+    pace.took(False, 1, 0.01)
+    assert (pace.steps(True), pace.steps(False)) == (2, 10)
+    pace.took(False, 10, 1.0)  # something came in between
+    assert pace.steps(False) == 1
+    for _ in range(30):
+        pace.took(False, 1, 0.0001)
+    assert pace.steps(False) == 64
+    pace.took(False, 0, 1.0)  # nothing ran
+    assert pace.steps(False) == 64
 
 
 @pytest.mark.parametrize(
@@ -349,7 +464,7 @@ def test_engine_finds_stop_strings():
     [
         ([1] * 20, {"max_new_tokens": 13}, ValueError, "limited to 32 in all"),
         ([1] * 20, {"max_new_tokens": 10}, ValueError, "need 8 pages, the pool has 7"),
-        ([], {}, ValueError, "no tokens"),
+        ([], {}, ValueError, "^the prompt has no tokens"),
         ([V], {}, ValueError, "token id 257"),
         ("text", {}, ValueError, "pass tokenizer="),
         ([1], {"max_new_tokens": -1}, ValueError, "max_new_tokens=-1"),
@@ -360,6 +475,9 @@ def test_engine_finds_stop_strings():
         ([1], {"salt": 2**31}, ValueError, "salt=2147483648"),
         ([1], {"sampling": SamplingParams(top_p=0)}, ValueError, "top_p=0"),
         ([1], {"stop": ["x"]}, ValueError, "needs tokenizer="),
+        ([1], {"sampling": {"seed": 1}}, TypeError, "must be a SamplingParams"),
+        ([1], {"num_samples": 13}, ValueError, "num_samples=13 must be .* at most 12"),
+        ([1], {"tempo": 1}, TypeError, "no option 'tempo' of a request: there are max_new_tokens"),
     ],
 )
 def test_engine_refuses_at_once(prompt, options, error, message):

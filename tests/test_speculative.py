@@ -98,6 +98,15 @@ def test_pressure_stops_guessing_before_it_stops_a_row():
         assert completion.tokens == tokens[: len(completion.tokens)]
 
 
+def test_a_next_token_comes_before_guesses():
+    """One page is left: the last row needs it, and the first would like it for a guess."""
+    prompts = [(PROMPTS[3] * 2)[:n] for n in (4, 16, 12, 5)]
+    tight = {**SHAPE, "num_pages": 10, "max_new_tokens": [2, 1, 1, 1]}
+    fast = generate(MODEL, prompts, draft=DRAFTERS[1], prefix_cache=False, **tight)
+    assert [c.finish_reason for c in fast.completions] == ["length"] * 4
+    assert fast.stats.peak_pages == 10
+
+
 def test_stop_tokens_among_the_guesses_end_a_row_there():
     whole = tokens_of(generate(MODEL, PROMPTS, **SHAPE))
     stops = [whole[0][2], whole[3][4]]

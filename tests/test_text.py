@@ -45,6 +45,21 @@ def test_a_character_in_pieces_comes_whole():
     assert [stream.push([p], final=False)[0] for p in pieces] == ["", "é", "", "", "€"]
 
 
+def test_a_character_that_the_prompt_began():
+    prompt, new = ([IDS[f"<0x{byte:02X}>"] for byte in part] for part in (b"\xe2\x82", b"\xac"))
+    assert streamed(new, prompt=[IDS["ab"], *prompt]) == "€"
+
+
+def test_special_tokens_leave_nothing_to_decode_again():
+    tokenizer, _ = sentencepiece_like()
+    tokenizer.add_special_tokens(["<end>"])
+    end = tokenizer.token_to_id("<end>")
+    stream = TextStream(tokenizer, prompt=[IDS["ab"]])
+    assert stream.push([end] * 50, final=False) == ("", 50)
+    assert len(stream._ids) == 1
+    assert stream.push([IDS["▁world"]], final=True)[0] == " world"
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_any_tokens_decode_without_error(step):
     rng = np.random.default_rng(0)

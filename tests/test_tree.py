@@ -147,6 +147,16 @@ def test_other_topologies(k, branches):
         assert tokens_of(fast) == tokens_of(plain)
 
 
+@pytest.mark.slow
+def test_samples_that_share_a_long_prompt_guess_in_trees():
+    options = {"page_size": 4, "max_new_tokens": 12, "num_samples": 8}
+    options["sampling"] = SamplingParams(temperature=2.0, seed=3)
+    prompt = (REPEATS[0] * 3)[:44]
+    plain = generate(MODEL, [prompt], **options)
+    fast = generate(MODEL, [prompt], draft=NGram(num_tokens=4, branches=2), **options)
+    assert tokens_of(fast) == tokens_of(plain)
+
+
 def nearly(model, noise):
     """The model, a little off: its second choice is often the target's first."""
     other = nnx.clone(model)

@@ -181,10 +181,10 @@ def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     with tuning.use([]):
         entries, trials = tune.tune([work], repeats=1)
     assert [(t.config.block_q, t.failure[:5], t.chosen) for t in trials] == [
-        (128, "", True),
+        (32, "", True),
         (1, "wrong", False),
     ]
-    assert [entry.config for entry in entries] == [{"block_q": 128}]
+    assert [entry.config for entry in entries] == [{"block_q": 32}]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def paged_attention(
             children; at most 32 new tokens per row. All stored before are seen. A token's position
             is that of the first new one plus its depth, its number of ancestors.
         shared: of this batch, from `shared_prefix.find_shared_prefix`: what rows share is read once
-            for all of them where that pays, with the same results up to rounding.
+            for all of them where that pays, with the same results up to rounding (by the reference,
+            and without `fixed_split`; a GPU's plan is for whole rows).
         implementation: a name, names to try in order, or None for the target's best.
         return_lse: also return the log-sum-exp of the scores (the sink included).
         fixed_split: tokens, a multiple of 64: cut every row's tokens at its multiples, so that no
@@ -131,8 +132,8 @@ def paged_attention(
     if ancestors is not None:  # implementations that decline need not know the word
         options["ancestors"] = ancestors
     run = partial(choice.run, schedule)
-    # A plan that was made for this batch serves no other.
-    if shared is not None and schedule.plan is None:
+    # A plan that was made for this batch serves no other, and what rows share is not fixed.
+    if shared is not None and schedule.plan is None and schedule.fixed_split is None:
         o, lse = attend_shared(run, q, k_pages, v_pages, shared=shared, **options)
     else:
         o, lse = run(q, k_pages, v_pages, **options)

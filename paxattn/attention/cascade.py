@@ -59,6 +59,7 @@ def attend_shared(
     sinks: jax.Array | None,
     max_q_len: int,
     causal: bool,
+    ancestors: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs an implementation in two parts where that pays, else in one.
@@ -78,6 +79,7 @@ def attend_shared(
         sinks: f32[Hq] or None.
         max_q_len: static bound of the rows' query counts.
         causal: of the rows' own part.
+        ancestors: u32[T] or None: among the new tokens, which are all in the rows' own part.
         **options: what else `run` takes.
 
     Returns:
@@ -87,9 +89,11 @@ def attend_shared(
     if sliding_window is not None:
         pays &= (sliding_window <= 0) | (sliding_window >= jnp.max(kv_lens))
         tables, lens = jnp.where(pays, tables, block_tables), jnp.where(pays, lens, kv_lens)
+    own = {} if ancestors is None else {"ancestors": ancestors}
     o, lse = run(
         q, k_pages, v_pages, block_tables=tables, kv_lens=lens, cu_q_lens=cu_q_lens,
-        sliding_window=sliding_window, sinks=sinks, max_q_len=max_q_len, causal=causal, **options,
+        sliding_window=sliding_window, sinks=sinks, max_q_len=max_q_len, causal=causal, **own,
+        **options,
     )  # fmt: skip
 
     def with_prefix(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ import numpy as np
 from paxattn.attention import reference
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu import support as mosaic_gpu
+from paxattn.attention.mosaic_tpu import support as mosaic_tpu
 from paxattn.attention.target import Target, target_of
 
 Names = str | Sequence[str] | None
@@ -73,11 +74,13 @@ class AttentionSchedule:
         plan: the implementation's own.
         implementation: its name.
         request: what is static about the calls it is for.
+        fixed_split: as in `paged_attention`: not None if a row's result must be its own matter.
     """
 
     plan: Any
     implementation: str = field(metadata=dict(static=True))
     request: Request = field(metadata=dict(static=True))
+    fixed_split: int | None = field(metadata=dict(static=True))
 
 
 def _check_reference(request: Request | None, target: Target) -> str:
@@ -94,13 +97,6 @@ def _run_reference(*args: Any, plan: None, sliding_window: Any, **options: Any) 
     return reference.run(*args, sliding_window=window, **options)
 
 
-def _missing(kernel: str) -> Callable[..., Any]:
-    def decline(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"this version of paxattn has no {kernel} kernel")
-
-    return decline
-
-
 _IMPLEMENTATIONS = {
     i.name: i
     for i in (
@@ -112,9 +108,9 @@ _IMPLEMENTATIONS = {
         ),
         Implementation(
             name="mosaic_tpu",
-            check=_missing("Mosaic TPU"),
-            schedule=_missing("Mosaic TPU"),
-            run=_missing("Mosaic TPU"),
+            check=mosaic_tpu.check,
+            schedule=mosaic_tpu.schedule,
+            run=mosaic_tpu.run,
         ),
         Implementation(
             name="reference",
@@ -191,7 +187,9 @@ def consider(request: Request, target: Target, implementation: Names) -> Explana
     return Explanation(implementation=None, target=target, reasons=tuple(reasons))
 
 
-def schedule(request: Request, q: Any, implementation: Names, **batch: Any) -> AttentionSchedule:
+def schedule(
+    request: Request, q: Any, implementation: Names, *, fixed_split: int | None, **batch: Any
+) -> AttentionSchedule:
     """Finds the implementation that serves and has it divide a batch's work.
 
     Warns (once per reason) of a slow fallback.
@@ -200,8 +198,8 @@ def schedule(request: Request, q: Any, implementation: Names, **batch: Any) -> A
         request: what is asked.
         q: tells the target.
         implementation: as in `paged_attention`.
-        **batch: `block_tables`, `kv_lens`, `cu_q_lens`, `sliding_window` and `fixed_split`, as in
-            `paged_attention`.
+        fixed_split: as in `paged_attention`.
+        **batch: `block_tables`, `kv_lens`, `cu_q_lens` and `sliding_window`, as there.
 
     Returns:
         The schedule.
@@ -225,9 +223,12 @@ def schedule(request: Request, q: Any, implementation: Names, **batch: Any) -> A
         if message not in _warned:
             _warned.add(message)
             warnings.warn(message, stacklevel=3)
-    plan = _IMPLEMENTATIONS[made.implementation].schedule(request, made.target, **batch)
+    divide = _IMPLEMENTATIONS[made.implementation].schedule
     return AttentionSchedule(
-        plan=plan, implementation=made.implementation, request=_of_step(request)
+        plan=divide(request, made.target, fixed_split=fixed_split, **batch),
+        implementation=made.implementation,
+        request=_of_step(request),
+        fixed_split=fixed_split,
     )
 
 

@@ -281,7 +281,7 @@ def _tiles_forward(
     """Fills in `o` and `lse` for the rows of two or more queries, tile after tile."""
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, batch.tile_block_kv)
+    options = _options(batch, k_pages, batch.tile_blocks[1])
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         o, lse = carry
@@ -301,7 +301,7 @@ def _tiles_backward(known: tuple, grads: tuple, batch: Batch) -> tuple:
     q, k_pages, v_pages, lse, do, delta = known
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
-    options = _options(batch, k_pages, batch.tile_block_kv)
+    options = _options(batch, k_pages, batch.tile_blocks[1])
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         dq, dk, dv = carry

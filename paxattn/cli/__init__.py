@@ -1,4 +1,4 @@
-"""`paxattn generate | bench | plan | doctor`: the entry point; a file for each command."""
+"""`paxattn generate | serve | bench | plan | doctor`: the entry point; a file for each command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from paxattn.cli.bench import bench
 from paxattn.cli.doctor import doctor
 from paxattn.cli.generate import generate
 from paxattn.cli.plan import plan
+from paxattn.cli.serve import serve
 from paxattn.models import CheckpointError
 
 
@@ -58,10 +59,10 @@ def _fail(message: str, code: int) -> None:
 @click.version_option(paxattn.__version__, prog_name="paxattn")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Paged attention for JAX: generate text, time attention, plan memory, inspect this machine."""
+    """Paged attention for JAX: generate and serve text, time attention, plan memory."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (generate, bench, plan, doctor):
+for command in (generate, serve, bench, plan, doctor):
     cli.add_command(command)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 import jax
+import platformdirs
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from paxattn.display import Output
 
 DTYPES = ("float32", "bfloat16", "float16")
 page_size_option = click.option(
@@ -39,3 +45,21 @@ def not_empty(context: click.Context, option: click.Parameter, value: str | None
 def fields(values: Mapping[str, Any]) -> str:
     """Names and values on a line."""
     return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX was told where already."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("paxattn")) / "jax")
+        )
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def loading(log: Output) -> Iterator[Callable[[int, int], None]]:
+    """A bar for `models.load`, to be given as its ``progress``."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import click
 import jax
-import platformdirs
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import paxattn
-from paxattn.cli.common import DTYPES, devices, not_empty, page_size_option
+from paxattn.cli.common import (
+    DTYPES,
+    devices,
+    loading,
+    not_empty,
+    page_size_option,
+    use_compilation_cache,
+)
 from paxattn.display import Output, Report, Search, show_live, show_plain, summary
 from paxattn.generate import Stream, stream
 from paxattn.models import bundled, load
@@ -54,32 +56,25 @@ from paxattn.speculative import DraftModel, NGram
     show_default=True,
     help="Of each prompt.",
 )
-@click.option(
-    "--temperature", "-t", type=float, default=0.0, show_default=True, help="0 is greedy."
-)
-@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens.  [default: all]")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass.  [default: 1]"
-)
+@click.option("--temperature", "-t", type=float, help="0 is greedy.  [default: 0]")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens.  [default: all]")
+@click.option("--top-p", type=float, help="Keep the likeliest tokens of this mass.  [default: 1]")
 @click.option(
     "--min-p",
     type=float,
-    default=0.0,
     help="Keep tokens at least this likely, relative to the likeliest.  [default: 0]",
 )
 @click.option(
     "--repetition-penalty",
     type=float,
-    default=1.0,
-    show_default=True,
-    help="Above 1: make tokens that came already less likely.",
+    help="Above 1: make tokens that came already less likely.  [default: 1]",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="The next prompts use seed + 1, seed + 2, ... (modulo 2**32).",
+    help="The next samples and prompts use seed + 1, seed + 2, ... (modulo 2**32).",
 )
 @click.option(
     "--num-samples",
@@ -166,14 +161,14 @@ def generate(
     quiet: bool,
     **sampling: Any,
 ) -> None:
-    """Complete prompts, all at once, out of one paged KV cache."""
+    """Complete prompts, all at once, out of one paged KV cache.
+
+    Without sampling options tokens are chosen as the checkpoint's generation_config.json says.
+    """
     texts = _read_prompts(prompts, prompt_file)
-    seeds = [(seed + i * num_samples) % 2**32 for i in range(len(texts))]
-    params = [SamplingParams(seed=one, **sampling) for one in seeds]
-    for one in params:
-        one.validate()
-    plain = params[0] == SamplingParams(seed=seeds[0])
-    if num_beams and (not plain or num_samples > 1 or draft or stop):
+    asked = {name: value for name, value in sampling.items() if value is not None}
+    SamplingParams(**asked).validate()
+    if num_beams and (asked or num_samples > 1 or draft or stop):
         raise click.UsageError(
             "--num-beams does not go with sampling options, --num-samples, --draft or --stop"
         )
@@ -181,12 +176,12 @@ def generate(
         raise click.UsageError("--length-penalty and --early-stopping need --num-beams")
     if not draft and (draft_tokens, draft_branches) != (4, 1):
         raise click.UsageError("--draft-tokens and --draft-branches need --draft")
-    _use_compilation_cache()
+    use_compilation_cache()
     devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
     log = Output(stderr=True, quiet=quiet)
-    with _loading(log) as progress:
+    with loading(log) as progress:
         checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
     if checkpoint.tokenizer is None:
         raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
@@ -211,7 +206,9 @@ def generate(
             )
         )
     else:
-        options["sampling"] = params
+        asked = asked or checkpoint.generation_config.sampling
+        seeds = [(seed + i * num_samples) % 2**32 for i in range(len(texts))]
+        options["sampling"] = [SamplingParams(seed=one, **asked) for one in seeds]
         options["num_samples"] = num_samples
         options["draft"] = _drafter(draft, draft_tokens, draft_branches, dtype)
         options["stop"] = stop
@@ -262,20 +259,3 @@ def _read_prompts(prompts: tuple[str, ...], file: IO[str] | None) -> list[str]:
             f"prompt {empty[0] + 1} is empty: a model needs something to start from"
         )
     return texts
-
-
-def _use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX was told where already."""
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("paxattn")) / "jax")
-        )
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-@contextlib.contextmanager
-def _loading(log: Output) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
-        task = progress.add_task("loading", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

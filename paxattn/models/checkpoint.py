@@ -40,7 +40,14 @@ _IN_LAYER = {
 # Stored by older versions of transformers, computed here.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors*"]
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors*",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +56,6 @@ class GenerationConfig:
 
     Attributes:
         eos_ids: tokens that end a text; empty if none is known.
-        bos_id: token that begins one. (The tokenizer adds it; this is for those without.)
-        pad_id: padding token.
         do_sample: sample rather than take the most likely token.
         temperature: None where the checkpoint says nothing, here and below.
         top_k: keep the most likely tokens only.
@@ -60,14 +65,21 @@ class GenerationConfig:
     """
 
     eos_ids: tuple[int, ...] = ()
-    bos_id: int | None = None
-    pad_id: int | None = None
     do_sample: bool = False
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """What `SamplingParams` takes for that, apart from a seed."""
+        recommended = {"repetition_penalty": self.repetition_penalty}
+        if self.do_sample:
+            recommended["temperature"] = 1.0 if self.temperature is None else self.temperature
+            recommended |= {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return {name: value for name, value in recommended.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +91,14 @@ class Checkpoint:
         config: its shape, also ``model.config``.
         tokenizer: None if the directory has no tokenizer.json.
         generation_config: the makers' recommendations.
+        directory: where it was loaded from.
     """
 
     model: Decoder
     config: DecoderConfig
     tokenizer: Tokenizer | None
     generation_config: GenerationConfig
+    directory: Path
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -128,7 +142,11 @@ def load(
     with TensorFiles(directory) as files:
         model = _read_model(files, config, dtype, stacked, progress)
     return Checkpoint(
-        model=model, config=config, tokenizer=tokenizer, generation_config=generation_config
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        directory=directory,
     )
 
 
@@ -310,8 +328,6 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
 
     return GenerationConfig(
         eos_ids=token_ids("eos_token_id"),
-        bos_id=next(iter(token_ids("bos_token_id")), None),
-        pad_id=next(iter(token_ids("pad_token_id")), None),
         do_sample=fields.get("do_sample") is True,
         temperature=number("temperature", (int, float)),
         top_k=number("top_k", int),

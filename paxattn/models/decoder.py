@@ -154,6 +154,8 @@ class Decoder(nnx.Module):
         config: its `DecoderConfig` (static).
         implementation: which attention implementation, None for the best there is (static; may be
             set after loading).
+        fixed_split: as in `paged_attention`: no bit of a sequence's attention depends on what else
+            is in the batch (static; may be set after loading).
         embed: ``[vocab_size, hidden_size]``.
         kernels: name to a Param ``[num_layers, out..., in]``, or to a tuple of as many Params
             ``[out..., in]``; see `kernel_shapes`.
@@ -171,6 +173,7 @@ class Decoder(nnx.Module):
         stacked: bool | None = None,
         weights: Weights | None = None,
         implementation: str | tuple[str, ...] | None = None,
+        fixed_split: int | None = None,
     ):
         """Make a decoder with random weights, or with given ones.
 
@@ -183,6 +186,7 @@ class Decoder(nnx.Module):
             weights: ``weights(name, layer, shape)`` gives each array, in ``dtype``, one at a time;
                 instead of ``rngs``.
             implementation: of attention, as in `paged_attention`.
+            fixed_split: same.
 
         Raises:
             ValueError: neither or both of ``rngs`` and ``weights``, or an unsuitable dtype.
@@ -211,6 +215,7 @@ class Decoder(nnx.Module):
 
         self.config = config
         self.implementation = implementation
+        self.fixed_split = fixed_split
         once = {
             name: nnx.Param(jnp.asarray(weights(name, None, shape)))
             for name, shape in model_shapes(config).items()
@@ -334,6 +339,7 @@ class Decoder(nnx.Module):
                     cache,
                     num_q_heads=self.config.num_heads,
                     implementation=self.implementation,
+                    fixed_split=self.fixed_split,
                     **options,
                 )
             return options

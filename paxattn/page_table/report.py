@@ -25,7 +25,7 @@ class Utilization:
       num_pages: pages in the pool.
       pages_held: pages off the free stack, whoever holds them.
       pages_in_rows: distinct pages that rows hold.
-      tokens_stored: tokens of all rows, `sum(kv_lens)`; shared ones count in every row.
+      tokens_stored: tokens of all rows that lie in pages; shared ones count in every row.
       tokens_shared: how many of those need no slot of their own because rows share pages.
       slots_in_rows: `pages_in_rows * page_size`.
     """
@@ -53,10 +53,11 @@ def utilization(table: PageTable) -> Utilization:
     page_size = table.page_size
     starts = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32) * page_size
     fill = jnp.clip(table.kv_lens[:, None] - starts, 0, page_size)
+    fill = jnp.where(table.block_tables < table.num_pages, fill, 0)
     # One more than the fill, so that a page held empty differs from one not held by any row.
     filled = jnp.zeros_like(table.ref_counts).at[table.block_tables].max(fill + 1, mode="drop")
     in_rows = jnp.sum(filled > 0, dtype=jnp.int32)
-    stored = _sum_up_to_int32(table.kv_lens)
+    stored = _sum_up_to_int32(fill)
     return Utilization(
         num_pages=jnp.asarray(table.num_pages, jnp.int32),
         pages_held=table.num_pages - table.num_free,
@@ -110,9 +111,15 @@ def check_invariants(table: PageTable, held_elsewhere: ArrayLike | None = None) 
             raise InvariantError(f"{name} has shape {x.shape}, expected {shape}")
     need((blocks >= 0) & (blocks <= num_pages), f"block_tables entries outside 0..{num_pages}")
     held = blocks < num_pages
-    need(held[:, :-1] | ~held[:, 1:], "pages after an unused entry of block_tables")
     need(lens >= 0, "negative kv_lens")
-    need(-(-lens // page_size) <= held.sum(axis=1), "kv_lens beyond the pages held")
+    # What was discarded comes before the page with the last token.
+    last = np.maximum(-(-lens // page_size) - 1, 0)
+    inside = np.pad(held, ((0, 0), (0, 1)))[np.arange(len(lens)), np.minimum(last, held.shape[1])]
+    need(inside | (lens == 0), "kv_lens beyond the pages held")
+    entry = np.arange(held.shape[1])
+    before, after = entry[:-1] < last[:, None], entry[1:] > last[:, None]
+    need(~(held[:, :-1] & before) | held[:, 1:], "unused entries of block_tables between pages")
+    need(held[:, :-1] | ~(held[:, 1:] & after), "pages after an unused entry of block_tables")
     holders = np.bincount(blocks[held], minlength=num_pages) + elsewhere
     wrong = np.flatnonzero(refs != holders)
     if wrong.size:

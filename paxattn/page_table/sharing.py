@@ -47,7 +47,8 @@ def fork(table: PageTable, src: ArrayLike, dst: ArrayLike) -> tuple[PageTable, A
     first_page = table.block_tables.at[jnp.where(ok, dst, max_seqs), 0].get(
         mode="fill", fill_value=num_pages
     )
-    ok &= first_page == num_pages
+    length = table.kv_lens.at[jnp.where(ok, dst, max_seqs)].get(mode="fill", fill_value=0)
+    ok &= (first_page == num_pages) & (length == 0)
     turn = jnp.arange(src.size, dtype=jnp.int32)
     to = jnp.where(ok, dst, max_seqs)
     winner = jnp.full((max_seqs,), src.size, jnp.int32).at[to].min(turn, mode="drop")
@@ -151,6 +152,7 @@ def adopt(
     ok &= jnp.all((holders > 0) | ~used)
     row = jnp.where(ok, row, table.max_seqs)
     ok &= table.block_tables.at[row, 0].get(mode="fill", fill_value=0) == num_pages
+    ok &= table.kv_lens.at[row].get(mode="fill", fill_value=0) == 0
     row = jnp.where(ok, row, table.max_seqs)
     pages = jnp.where(ok, pages, num_pages)
     padded = jnp.pad(pages, (0, table.max_pages_per_seq - size), constant_values=num_pages)

@@ -1,4 +1,4 @@
-"""The steps of a row's own life: room, growth, forgetting, release."""
+"""The steps of a row's own life: room, growth, forgetting at either end, release."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def append(table: PageTable, n: ArrayLike) -> tuple[PageTable, Array]:
     grows = (n > 0) & (n <= room)
     lens = table.kv_lens + jnp.where(grows, n, 0)
     last = pages_for(lens, table.page_size) - 1
-    # A row's pages are contiguous, so holding the last one is holding them all.
+    # A row's pages are contiguous, so holding the last one is holding all that it can write to.
     last_page = read_entries(table, rows, jnp.where(grows, last, table.max_pages_per_seq))
     next_page = read_entries(table, rows, table.kv_lens // table.page_size)
     holders = table.ref_counts.at[next_page].get(mode="fill", fill_value=0)
@@ -231,10 +231,13 @@ def truncate(table: PageTable, new_lens: ArrayLike) -> tuple[PageTable, Array]:
 
     Returns:
       The table and `ok` bool[R]: not ok, and unchanged, where `new_lens` is negative or above
-      `kv_lens`.
+      `kv_lens`, or where the last token to keep was discarded.
     """
     lens = as_integers("new_lens", new_lens, (table.max_seqs,))
     ok = (lens >= 0) & (lens <= table.kv_lens)
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
+    last = jnp.where(ok, pages_for(lens, table.page_size) - 1, 0)
+    ok &= (lens == 0) | (read_entries(table, rows, jnp.maximum(last, 0)) < table.num_pages)
     lens = jnp.where(ok, lens, table.kv_lens)
     keep = jnp.where(ok, pages_for(lens, table.page_size), table.max_pages_per_seq)
     return trim(table, keep, lens), ok
@@ -254,19 +257,52 @@ def trim(table: PageTable, keep: Array, kv_lens: Array) -> PageTable:
     """Gives up row r's pages past the first `keep[r]`, and sets the lengths."""
     entries = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32)
     rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
-    # Pages are contiguous: whether a row has any past `keep` shows in one entry.
-    next_page = read_entries(table, rows, keep)
+    # Pages are contiguous, and the one with the last token is held: whether a row has any past
+    # `keep` shows in one entry.
+    last = jnp.maximum(pages_for(table.kv_lens, table.page_size) - 1, 0)
+    some = jnp.any(read_entries(table, rows, jnp.maximum(keep, last)) < table.num_pages)
+    return without(replace(table, kv_lens=kv_lens), entries >= keep[:, None], some)
+
+
+def discard(table: PageTable, starts: ArrayLike) -> PageTable:
+    """Gives back the pages whose tokens all come before `starts[r]`: nobody will look at them.
+
+    For models in which every layer has a sliding window. The row's length and the places of its
+    other tokens stay; the entries of the pages given back are the sentinel from now on, also in
+    forks of the row. The page with the last token is kept in any case. Whoever truncates the row
+    afterwards must know that its window may reach what is no longer there.
+
+    Args:
+      table: the table.
+      starts: i32[R], the first token that is still needed; not positive: leaves the row as it is.
+
+    Returns:
+      The table.
+    """
+    starts = as_integers("starts", starts, (table.max_seqs,))
+    entries = jnp.arange(table.max_pages_per_seq, dtype=jnp.int32)
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
+    behind = jnp.minimum(starts, table.kv_lens - 1) // table.page_size
+    # Pages are given back in order: whether there are any left shows in the last of them.
+    last = jnp.where(behind > 0, behind - 1, table.max_pages_per_seq)
+    some = jnp.any(read_entries(table, rows, last) < table.num_pages)
+    return without(table, entries < behind[:, None], some)
+
+
+def without(table: PageTable, mask: Array, some: Array) -> PageTable:
+    """Gives up the block table's entries in a mask bool[R, M], if `some` bool[] of them are pages.
+
+    Where `some` is false, none may be.
+    """
 
     def give_back(
         block_tables: Array, kv_lens: Array, ref_counts: Array, free_pages: Array, num_free: Array
     ) -> tuple[Array, ...]:
-        past = entries >= keep[:, None]
         pools = give_up(
-            ref_counts, free_pages, num_free, block_tables.reshape(-1), past.reshape(-1)
+            ref_counts, free_pages, num_free, block_tables.reshape(-1), mask.reshape(-1)
         )
-        past &= pools[2] >= 0  # always: but now the write comes after the reads
-        return jnp.where(past, table.num_pages, block_tables), kv_lens, *pools
+        gone = mask & (pools[2] >= 0)  # always: but now the write comes after the reads
+        return jnp.where(gone, table.num_pages, block_tables), kv_lens, *pools
 
-    table = replace(table, kv_lens=kv_lens)
-    some = after_reads(table, jnp.any(next_page < table.num_pages))
+    some = after_reads(table, some)
     return with_leaves(table, lax.cond(some, give_back, lambda *s: s, *leaves(table)))

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from paxattn import page_table
 from paxattn.page_table import PageCopies, PageTable
 from paxattn.page_table.inputs import as_integers
-from paxattn.page_table.pages import running_sum
+from paxattn.page_table.pages import running_sum, varying_like
 from paxattn.page_table.steps import pages_wanted
 from paxattn.prefix_cache.chains import Chains, unlink
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
@@ -130,18 +130,21 @@ def victims(cache: PrefixCache, table: PageTable, pages: Array, wanted: Array) -
     can_go = evictable(cache, table)
     count = jnp.sum(can_go, dtype=jnp.int32)
 
-    def in_total(wanted: Array) -> Array:  # up to and with each row
-        return running_sum(jnp.sum(wanted, axis=1, dtype=jnp.int32))
+    def fits(wanted: Array, available: Array) -> tuple[Array, Array]:
+        """Pages needed up to and with each row, and whether it is served: it may need none."""
+        own = jnp.sum(wanted, axis=1, dtype=jnp.int32)
+        need = running_sum(own)
+        return need, (need <= available) | (own == 0)
 
-    need = in_total(wanted)
-    served = need <= table.num_free + count
-    missing = jnp.max(jnp.where(served, need, 0)) - table.num_free
+    need, served = fits(wanted, table.num_free + count)
+    missing = jnp.max(jnp.where(need <= table.num_free + count, need, 0)) - table.num_free
     some = jnp.where(missing > 0, jnp.maximum(missing, cache.num_pages // EVICTION_SHARE), 0)
 
     # Were the cache to let go of everything.
     ours = cached.at[pages].get(mode="fill", fill_value=False)
     free = table.num_free + jnp.sum(cached & (table.ref_counts == 1), dtype=jnp.int32)
-    helps = (in_total(wanted & ~(ours & (holders_of(table, pages) == 2))) <= free) & ~served
+    _, cleared = fits(wanted & ~(ours & (holders_of(table, pages) == 2)), free)
+    helps = cleared & ~served
     return jnp.where(jnp.any(helps), cached, least_recent(cache, can_go, some))
 
 
@@ -200,8 +203,10 @@ def largest_bound(keys: Array, among: Array, count: Array) -> Array:
         fits = jnp.sum(among & (keys < middle), dtype=jnp.int32) <= count
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
 
-    start = (jnp.zeros_like(count), jnp.max(keys) + 1)
-    return lax.while_loop(lambda state: state[0] < state[1], halve, start)[0]
+    low, high = (
+        varying_like(x, keys, among, count) for x in (jnp.zeros_like(count), jnp.max(keys) + 1)
+    )
+    return lax.while_loop(lambda state: state[0] < state[1], halve, (low, high))[0]
 
 
 def forget(cache: PrefixCache, table: PageTable, gone: Array) -> tuple[PrefixCache, PageTable]:

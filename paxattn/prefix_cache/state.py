@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from paxattn.page_table import InvariantError, PageTable
 from paxattn.page_table.inputs import check_positive
+from paxattn.page_table.state import check_pool
 from paxattn.prefix_cache.chains import Chains, init_chains
 
 
@@ -42,7 +43,8 @@ class CacheStats:
 class PrefixCache:
     """The cache's whole state, a pytree; the arrays over pages are indexed by page id.
 
-    What is said of a page that is not cached (`depths` 0) means nothing.
+    Of a page that is not cached (`depths` 0) only `tokens` may mean something: what was written to
+    it while a row held it (see `write_tokens`).
 
     Attributes:
       tokens: i32[num_pages, page_size], tokens of each page.
@@ -93,10 +95,9 @@ def init_prefix_cache(
       The cache; `4 * (num_pages * (page_size + 6) + 2 * num_buckets)` bytes and a few.
 
     Raises:
-      ValueError: a size is not a positive integer.
+      ValueError: a size is not a positive integer, or too large, as for `init_page_table`.
     """
-    num_pages = check_positive("num_pages", num_pages)
-    page_size = check_positive("page_size", page_size)
+    num_pages, page_size = check_pool(num_pages, page_size)
     buckets = check_positive("num_buckets", 2 * num_pages if num_buckets is None else num_buckets)
 
     def zeros() -> Array:  # each field its own array, or they could not all be donated

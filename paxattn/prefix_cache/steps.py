@@ -11,11 +11,12 @@ from jax.typing import ArrayLike
 
 from paxattn.page_table import PageTable, adopt, retain
 from paxattn.page_table.inputs import as_integers, as_mask
+from paxattn.page_table.pages import varying_like
 from paxattn.prefix_cache.chains import first_pages, link, next_pages, prefix_hashes
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
 from paxattn.prefix_cache.tokens import as_pages, row_tokens
 
-SIBLINGS = 32  # pages looked at, at most, for one that goes on with part of the tokens
+SIBLINGS = 256  # pages looked at, at most, for one that goes on with part of the tokens
 LAST_TICK = 2**30  # of the clock; beyond it, eviction goes by depth alone
 
 
@@ -70,6 +71,8 @@ def match(
     salt = as_integers("salt", salt, ())
     num_tokens = as_integers("num_tokens", num_tokens, ())
     tokens, num_tokens = as_pages(table, tokens, num_tokens)
+    everything = jax.tree.leaves((cache, tokens, num_tokens, salt))
+    tokens, num_tokens, salt = (varying_like(x, *everything) for x in (tokens, num_tokens, salt))
     hashes = prefix_hashes(tokens, salt)
     page_size = cache.page_size
     pages, num_found = find_run(cache, tokens, num_tokens // page_size, salt, hashes)
@@ -110,7 +113,9 @@ def admit(
     """
     row = as_integers("row", row, ())
     first = table.block_tables.at[jnp.where(row < 0, table.max_seqs, row), 0]
+    length = table.kv_lens.at[jnp.where(row < 0, table.max_seqs, row)]
     vacant = first.get(mode="fill", fill_value=0) == table.num_pages
+    vacant &= length.get(mode="fill", fill_value=0) == 0
     num_tokens = jnp.where(vacant, as_integers("num_tokens", num_tokens, ()), 0)
     found = match(cache, table, tokens, num_tokens, salt)
     table, _ = adopt(table, row, found.pages, found.num_tokens)
@@ -193,6 +198,7 @@ def insert_rows(
     mask: ArrayLike,
     tokens: ArrayLike | None,
     salts: ArrayLike,
+    lines: ArrayLike | None = None,
 ) -> tuple[PrefixCache, PageTable]:
     """`insert` for every row in a mask, in row order; costs nothing where there is none.
 
@@ -200,21 +206,29 @@ def insert_rows(
       cache: the cache.
       table: the table it belongs to.
       mask: bool[R].
-      tokens: i32[R, L], each row's tokens as for `insert`; None: those that `write_tokens` noted.
+      tokens: i32[K, L], sequences of tokens as for `insert`; None: those that `write_tokens` noted.
+        Rows that have discarded pages have lost the notes too, and are left out then.
       salts: i32[R].
+      lines: i32[R], which line of ``tokens`` is a row's; None: the first is the first row's.
     """
     mask = as_mask("mask", mask, (table.max_seqs,))
     salts = as_integers("salts", salts, mask.shape)
-    lines = None if tokens is None else jnp.asarray(tokens)
-    if lines is not None and (lines.ndim != 2 or lines.shape[0] != mask.size):
+    known = None if tokens is None else jnp.asarray(tokens)
+    of = jnp.arange(mask.size) if lines is None else as_integers("lines", lines, mask.shape)
+    if known is None:
+        mask &= (table.kv_lens == 0) | (table.block_tables[:, 0] < table.num_pages)
+    elif known.ndim != 2 or (lines is None and known.shape[0] != mask.size):
         raise ValueError(
-            f"tokens.shape={lines.shape} must be ({mask.size}, L): a line per row of the table"
+            f"tokens.shape={known.shape} must be ({mask.size}, L): a line per row of the table"
         )
 
     def body(state: tuple[PrefixCache, PageTable, Array]) -> tuple[PrefixCache, PageTable, Array]:
         cache, table, left = state
         row = jnp.argmax(left).astype(jnp.int32)
-        line = row_tokens(cache, table, row) if lines is None else lines[row]
+        if known is None:
+            line = row_tokens(cache, table, row)
+        else:
+            line = known.at[of[row]].get(mode="clip")
         cache, table = insert(cache, table, row, line, salts[row])
         return cache, table, left.at[row].set(False)
 

@@ -56,5 +56,5 @@ def as_pages(table: PageTable, tokens: ArrayLike, num_tokens: Array) -> tuple[Ar
     """Cuts tokens into pages, i32[K, page_size], as many as a row may have; and their number."""
     tokens = as_integers("tokens", tokens, None)
     size = min(tokens.size, table.max_pages_per_seq * table.page_size)
-    tokens = jnp.pad(tokens[:size], (0, -size % table.page_size))
+    tokens = jnp.pad(tokens[:size], (0, -size % table.page_size if size else table.page_size))
     return tokens.reshape(-1, table.page_size), jnp.clip(num_tokens, 0, size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -12,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from paxattn.decode_step import Status
 from paxattn.requests import Prompt, integer
-from paxattn.results import Completion, Delta, Reading, completion
+from paxattn.results import Completion, Delta, completion
 from paxattn.sampling import LogitsProcessor
-from paxattn.serving.options import RequestOptions, prepare_request
-from paxattn.serving.state import Requests, init_serve, put, stop
-from paxattn.serving.stats import EngineStats, engine_stats
+from paxattn.serving.offload import HostPages
+from paxattn.serving.options import Prepared, RequestOptions, check_names, prepare_request
+from paxattn.serving.pace import Pace
+from paxattn.serving.places import Places
+from paxattn.serving.snapshot import load_state, save_state
+from paxattn.serving.state import ServeState, init_serve, new_request, put, stop
+from paxattn.serving.stats import EngineStats, Meter, counters, engine_stats
 from paxattn.serving.step import serve
 from paxattn.step import check_model
-from paxattn.text import TextStream
 
 _serve = jax.jit(serve, donate_argnames="state", static_argnames=("logits_processor", "scrub"))
 _put = jax.jit(put, donate_argnames="requests")
@@ -33,8 +37,11 @@ class QueueFull(RuntimeError):
 
 
 @partial(jax.jit, static_argnames="count")
-def _news(requests: Requests, read: jax.Array, *, count: int) -> tuple[jax.Array, ...]:
-    """Status and length of each request, and what it generated after ``read`` i32[Q] tokens."""
+def _news(
+    state: ServeState, read: jax.Array, *, count: int
+) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+    """Of each request status, length and what it generated after ``read`` i32[Q] tokens; counts."""
+    requests = state.requests
     start = requests.prompt_len + read
     place = start[:, None] + jnp.arange(count, dtype=jnp.int32)
     lines = jnp.arange(start.size)[:, None]
@@ -42,15 +49,7 @@ def _news(requests: Requests, read: jax.Array, *, count: int) -> tuple[jax.Array
         field.at[lines, place].get(mode="fill", fill_value=0)
         for field in (requests.tokens, requests.logprobs)
     )
-    return requests.status, requests.num_tokens - start, tokens, logprobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A request that the device has: its number for the user, and what was read of it."""
-
-    index: int
-    reading: Reading
+    return (requests.status, requests.num_tokens - start, tokens, logprobs), counters(state)
 
 
 class Engine:
@@ -58,7 +57,8 @@ class Engine:
 
     Requests are admitted when pages allow, their prompts stored in chunks next to those that
     decode; when no page is left the last in rank waits for another turn. Its tokens are those that
-    `generate` gives for it alone in any case. Not for use by several threads at once.
+    `generate` gives for it alone in any case. Not for use by several threads at once: `AsyncEngine`
+    serves many.
 
     Example:
         >>> engine = paxattn.Engine(model, num_pages=1024, tokenizer=tokenizer)
@@ -69,9 +69,12 @@ class Engine:
 
     Attributes:
         model: the model.
+        tokenizer: as given.
         num_pages: pages in the pool.
         page_size: tokens per page.
+        max_requests: requests that run or wait, at most.
         max_tokens: most tokens of a request, prompt and generated.
+        longest: the same, or less if the pool has not pages for so many.
     """
 
     def __init__(
@@ -86,7 +89,8 @@ class Engine:
         step_tokens: int = 256,
         max_stop_ids: int = 8,
         watermark: int | None = None,
-        steps_per_read: int = 16,
+        offload_from: int | None = None,
+        steps_per_read: int = 64,
         prefix_cache: bool = True,
         tokenizer: Tokenizer | None = None,
         logits_processor: LogitsProcessor | None = None,
@@ -106,7 +110,11 @@ class Engine:
                 leave of them stores prompts.
             max_stop_ids: most tokens that may end one request.
             watermark: pages left for growth when a request is admitted; a hundredth by default.
-            steps_per_read: device steps in `step`, between two readings.
+            offload_from: a request of at least so many tokens that has to make way has its pages
+                moved to the host's memory, and back, instead of storing its tokens anew; None: none
+                has. `serving.pays_from` measures from where on that takes less time.
+            steps_per_read: most device steps in `step`, between two readings; fewer where so many
+                would take longer than 100 ms.
             prefix_cache: whether requests start from what earlier ones computed.
             tokenizer: encodes text prompts and decodes completions.
             logits_processor: as for `generate`; one for all requests.
@@ -134,19 +142,40 @@ class Engine:
             watermark=watermark,
             remember=prefix_cache,
         )
-        self.model, self.num_pages, self.page_size = model, num_pages, page_size
-        self._steps = steps_per_read
-        self._tokenizer = tokenizer
+        fits = int(self._state.most_pages(self.max_tokens - 1)) <= num_pages
+        self.longest = self.max_tokens if fits else num_pages * page_size + 1
+        if offload_from is not None:
+            if integer("offload_from", offload_from) < 1:
+                raise ValueError(f"{offload_from=} must be at least 1 token")
+            policy = replace(self._state.policy, offload_from=jnp.int32(offload_from))
+            self._state = replace(self._state, policy=policy)
+        self._host_pages = HostPages()
+        self.model, self.tokenizer = model, tokenizer
+        self.num_pages, self.page_size, self.max_requests = num_pages, page_size, max_requests
+        self._most_steps, self._pace, self._meter = steps_per_read, Pace(steps_per_read), Meter()
         self._logits_processor, self._scrub = logits_processor, scrub
-        self._places: list[_Asked | None] = [None] * max_requests
+        self._places = Places(max_requests)
         self._next_index = 0
         self._pending: list[Delta] = []  # news for a later `step`
 
     @property
     def num_unfinished(self) -> int:
         """Requests whose end was not handed over yet."""
-        ended = sum(delta.finish_reason is not None for delta in self._pending)
-        return ended + sum(asked is not None for asked in self._places)
+        return len(self._places) + sum(delta.finish_reason is not None for delta in self._pending)
+
+    @property
+    def stats(self) -> EngineStats:
+        """How things stand; it looks at every page, so not for every step."""
+        return engine_stats(self._state, self._meter)
+
+    def warm_up(self) -> None:
+        """Compile everything now, before there are requests: the first would wait for it."""
+        ended = new_request(self._state, [0], max_new_tokens=0)
+        requests = _put(self._state.requests, np.int32(0), ended)
+        state = replace(self._state, requests=requests)
+        self._state = _stop(state, np.zeros(self.max_requests, bool), scrub=self._scrub)
+        self._run(0)
+        _ = self.stats
 
     def add_request(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> int:
         """Let a request wait for its turn.
@@ -156,42 +185,70 @@ class Engine:
             **options: see `RequestOptions`.
 
         Returns:
-            The request's number, ascending from 0: `Delta.index`.
+            The request's number, ascending from 0: `Delta.index`. Those of further samples follow.
 
         Raises:
-            QueueFull: every place is taken.
+            QueueFull: not enough places are free.
             TypeError: an argument has a wrong type.
             ValueError: the request is malformed, or could not fit were it alone.
         """
-        return self._submit(*self._prepared(prompt, options))
+        return self.submit(self.prepare([prompt], **options))
 
-    def _submit(self, ids: list[int], request: Requests, stops: Sequence[str]) -> int:
-        """Put a request that was prepared in a place; see `add_request`."""
-        if None not in self._places:
-            raise QueueFull(
-                f"all {len(self._places)} places are taken: step() until a request ends, or make "
-                "the engine with more max_requests"
+    def prepare(
+        self, prompts: Sequence[Prompt], **options: Unpack[RequestOptions]
+    ) -> list[Prepared]:
+        """Check and tokenize requests, without touching the queue: any thread may do this.
+
+        Args:
+            prompts: texts (with a tokenizer) or sequences of token ids.
+            **options: of every one of them, see `RequestOptions`.
+
+        Raises:
+            TypeError: an argument has a wrong type.
+            ValueError: a request is malformed, or could not fit were it alone.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list of prompts, not one string: {prompts[:40]!r}")
+        check_names(options)
+        return [
+            prepare_request(
+                self._state,
+                prompt,
+                f"prompt {i}" if len(prompts) > 1 else "the prompt",
+                vocab_size=self.model.config.vocab_size,
+                tokenizer=self.tokenizer,
+                **options,
             )
-        place = self._places.index(None)
-        index, self._next_index = self._next_index, self._next_index + 1
-        request = replace(request, arrival=jnp.int32(index))
-        requests = _put(self._state.requests, np.int32(place), request)
-        self._state = replace(self._state, requests=requests)
-        text = None if self._tokenizer is None else TextStream(self._tokenizer, stops, ids)
-        self._places[place] = _Asked(index=index, reading=Reading(index, text))
-        return index
+            for i, prompt in enumerate(prompts)
+        ]
 
-    def _prepared(
-        self, prompt: Prompt, options: RequestOptions
-    ) -> tuple[list[int], Requests, Sequence[str]]:
-        """See `prepare_request`."""
-        return prepare_request(
-            self._state,
-            prompt,
-            vocab_size=self.model.config.vocab_size,
-            tokenizer=self._tokenizer,
-            **options,
-        )
+    def submit(self, prepared: Sequence[Prepared]) -> int:
+        """Let requests wait for their turn: all of them or, if places are missing, none.
+
+        Args:
+            prepared: from `prepare`.
+
+        Returns:
+            The number of the first; the others follow, sample after sample, prompt after prompt.
+
+        Raises:
+            QueueFull: not enough places are free.
+        """
+        needed, free = sum(len(one.samples) for one in prepared), self._places.free
+        if needed > free:
+            raise QueueFull(
+                f"{needed} places needed, {free} of {self.max_requests} free: step() until requests"
+                " end, or make the engine with more max_requests"
+            )
+        first = self._next_index
+        for one in prepared:
+            for request in one.samples:
+                index, self._next_index = self._next_index, self._next_index + 1
+                place = self._places.enter(index, one, self.tokenizer)
+                request = replace(request, arrival=jnp.int32(index))
+                requests = _put(self._state.requests, np.int32(place), request)
+                self._state = replace(self._state, requests=requests)
+        return first
 
     def step(self) -> list[Delta]:
         """Run a block of device steps, fewer if everything ends before.
@@ -200,37 +257,27 @@ class Engine:
             What is new, in the order of the requests; the last of each has a finish reason.
         """
         news, self._pending = self._pending, []
-        if not any(self._places):
+        if not self._places:
             return news
+        storing, began = self._places.storing, time.perf_counter()
+        found, device = self._run(self._pace.steps(storing))
+        now = time.perf_counter()
+        new, ended = self._places.take(*found, meter=self._meter, now=now)
+        self._stop(ended)
+        ran = self._meter.block(began, now, sum(len(delta.tokens) for delta in new), device)
+        self._pace.took(storing, ran, now - began)
+        return sorted([*news, *new], key=lambda delta: delta.index)
+
+    def _run(self, steps: int) -> tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]:
+        """Run a block, and read what is new; see `_news`."""
         self._state = _serve(
             self.model,
-            self._state,
-            np.int32(self._steps),
+            self._host_pages.between_blocks(self._state, scrub=self._scrub),
+            np.int32(steps),
             logits_processor=self._logits_processor,
             scrub=self._scrub,
         )
-        return sorted([*news, *self._read()], key=lambda delta: delta.index)
-
-    def _read(self) -> list[Delta]:
-        """What is new on the device; gives up the places of requests that have ended."""
-        read = [0 if asked is None else asked.reading.read for asked in self._places]
-        status, counts, tokens, logprobs = jax.device_get(
-            _news(self._state.requests, np.array(read, np.int32), count=self._steps)
-        )
-        news: list[Delta] = []
-        ended = np.zeros(len(read), bool)
-        for place, asked in enumerate(self._places):
-            if asked is None:
-                continue
-            span = slice(0, int(counts[place]))
-            new = tokens[place, span].tolist(), logprobs[place, span].tolist()
-            delta, ended[place] = asked.reading.take(*new, Status(status[place]))
-            if delta is not None:
-                news.append(delta)
-            if asked.reading.finished:
-                self._places[place] = None
-        self._stop(ended)
-        return news
+        return jax.device_get(_news(self._state, self._places.read(), count=self._most_steps))
 
     def _stop(self, mask: np.ndarray) -> None:
         if mask.any():
@@ -245,13 +292,56 @@ class Engine:
         Returns:
             Whether it was still there to be ended.
         """
-        mask = np.array([asked is not None and asked.index == index for asked in self._places])
+        mask = self._places.leave(index, self._meter)
         self._stop(mask)
-        for place in np.flatnonzero(mask):
-            self._places[place] = None
+        if mask.any():
             end = Delta(index=index, tokens=[], logprobs=[], text="", finish_reason="abort")
             self._pending.append(end)
         return bool(mask.any())
+
+    def drain(self) -> list[Delta]:
+        """`step` until every request has ended; all the news."""
+        news = []
+        while self.num_unfinished:
+            news += self.step()
+        return news
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything to a file, from which another process can go on: see `restore`.
+
+        Args:
+            path: of the file, which is replaced when the new one is whole.
+        """
+        host = {
+            "next_index": self._next_index,
+            "places": self._places.saved(),
+            "pending": [asdict(delta) for delta in self._pending],
+        }
+        save_state(path, self.model, self._state, host)
+
+    def restore(self, path: str | os.PathLike) -> list[Delta]:
+        """Go on where an engine was when it was saved; what it would have said then comes next.
+
+        This engine must be without requests, and made with the same sizes, model, tokenizer and
+        logits processor; the last two are taken on trust. What only the host counts begins anew.
+
+        Args:
+            path: of a file that `save` wrote.
+
+        Returns:
+            What had been handed over of the requests that had not ended: one delta for each.
+
+        Raises:
+            RuntimeError: there are requests.
+            SnapshotError: the file is missing, damaged, or of an engine with other sizes or another
+                model.
+        """
+        if self.num_unfinished:
+            raise RuntimeError(f"{self.num_unfinished} requests are not finished: restore() first")
+        self._state, host = load_state(path, self.model, self._state)
+        self._meter, self._next_index = Meter(), host["next_index"]
+        self._pending = [Delta(**delta) for delta in host["pending"]]
+        return self._places.resume(host["places"], self._state.requests, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Prompt], **options: Unpack[RequestOptions]
@@ -263,25 +353,27 @@ class Engine:
             **options: of every one of them, see `RequestOptions`.
 
         Returns:
-            The completions, in the order of the prompts.
+            The completions, in the order of the prompts; of each prompt ``num_samples``.
 
         Raises:
             TypeError: an argument has a wrong type.
             ValueError: a request is malformed, or could not fit were it alone; none was run then.
         """
-        ready = [self._prepared(prompt, options) for prompt in prompts]
-        mine: dict[int, list[Delta]] = {}
+        left = self.prepare(prompts, **options)[::-1]
+        mine: dict[int, tuple[list[int], list[Delta]]] = {}
         others: list[Delta] = []
-        finished = 0
-        while finished < len(ready):
-            while len(mine) < len(ready) and None in self._places:
-                mine[self._submit(*ready[len(mine)])] = []
+        unfinished = 0
+        while left or unfinished:
+            while left and len(left[-1].samples) <= self._places.free:
+                one = left.pop()
+                first = self.submit([one])
+                mine |= {first + j: (one.prompt, []) for j in range(len(one.samples))}
+                unfinished += len(one.samples)
             for delta in self.step():
-                mine.get(delta.index, others).append(delta)
-                finished += delta.index in mine and delta.finish_reason is not None
+                if delta.index in mine:
+                    mine[delta.index][1].append(delta)
+                    unfinished -= delta.finish_reason is not None
+                else:
+                    others.append(delta)
         self._pending = others + self._pending
-        return [completion(ids, own) for (ids, *_), own in zip(ready, mine.values(), strict=True)]
-
-    def stats(self) -> EngineStats:
-        """How things stand."""
-        return engine_stats(self._state)
+        return [completion(prompt, deltas) for prompt, deltas in mine.values()]

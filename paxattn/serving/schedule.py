@@ -2,12 +2,14 @@
 
 Requests are ranked by priority, then by arrival. The best of those that wait is admitted when a row
 and pages for all its tokens are there; nobody overtakes it, so a long prompt is not starved by
-short ones. Pages are not promised to what is not there yet: running requests take them as they
-grow, and when none is left the request of the lowest rank that runs gives its own back and waits
-again, as often as it takes. One who waits and outranks one who runs takes its place likewise, a row
-per step. So the first in rank runs, or comes closer to running, in every step. What left comes back
-like any new request, and finds in the prefix cache what is still there of it (recomputation, as in
-vLLM, https://arxiv.org/abs/2309.06180, section 4.5).
+short ones. What it will share with running requests needs no pages, and where one of these is about
+to store what its prompt begins with too, it waits for that. Pages are not promised to what is not
+there yet: running requests take them as they grow, and when none is left the request of the lowest
+rank that runs gives its own back and waits again, as often as it takes. One who waits and outranks
+one who runs takes its place likewise, a row per step. So the first in rank runs, or comes closer to
+running, in every step. What left comes back like any new request, and finds in the prefix cache
+what is still there of it (recomputation, as in vLLM, https://arxiv.org/abs/2309.06180, section
+4.5).
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn import prefix_cache
 from paxattn.decode_step import Status
-from paxattn.page_table.pages import pages_for
-from paxattn.pool import Pool, admit_rows, make_room, release_rows
+from paxattn.page_table.pages import pages_for, read_entries
+from paxattn.pool import Pool, admit_rows, leave_behind, make_room
 from paxattn.serving.state import Requests, ServeState
 from paxattn.step import count_cached
 
@@ -76,31 +79,100 @@ def available_pages(pool: Pool) -> jax.Array:
     return free + jnp.sum((pool.prefix.depths > 0) & (pool.table.ref_counts == 1), dtype=jnp.int32)
 
 
+def promised_pages(state: ServeState) -> jax.Array:
+    """Pages that rows will take from the available ones for the tokens they have, i32[]."""
+    table, prefix = state.pool.table, state.pool.prefix
+    size, stored = table.page_size, table.kv_lens
+    left = jnp.maximum(tokens_left(state), 0)
+    missing = pages_for(stored + left, size) - pages_for(stored, size)
+    missing = jnp.minimum(missing, state.most_pages(stored + left))
+    # A page that only the cache holds besides comes to be available when the row has its own copy.
+    page = read_entries(table, jnp.arange(stored.size), stored // size)
+    others = table.ref_counts.at[page].get(mode="fill", fill_value=1) - 1
+    if prefix is not None:
+        others -= (prefix.depths > 0).at[page].get(mode="fill", fill_value=False)
+    copied = (left > 0) & (stored % size > 0) & (others > 0)
+    return jnp.sum(missing + copied, dtype=jnp.int32)
+
+
+def wanted_pages(state: ServeState, request: jax.Array) -> jax.Array:
+    """Pages that a waiting request i32[] would take from the available ones now, i32[].
+
+    All that its tokens need, less what it would share with rows: this is not available.
+    """
+    table, prefix, requests = state.pool.table, state.pool.prefix, state.requests
+    tokens = requests.num_tokens[request]
+    pages = pages_for(tokens, table.page_size)
+    if prefix is None:
+        return state.most_pages(tokens)
+    found = prefix_cache.match(
+        prefix,
+        table,
+        requests.tokens[request],
+        tokens,
+        requests.salt[request],
+    )
+    full = jnp.arange(found.pages.size) < found.num_full
+    holders = table.ref_counts.at[found.pages].get(mode="fill", fill_value=0)
+    return jnp.minimum(
+        pages - jnp.sum(full & (holders > 1), dtype=jnp.int32), state.most_pages(tokens)
+    )
+
+
+def better_later(state: ServeState, request: jax.Array) -> jax.Array:
+    """Whether a row of higher rank is storing what a waiting request i32[] begins with, bool[].
+
+    In a few steps it can share those pages. Meanwhile the row may well use all of the budget.
+    """
+    if state.pool.prefix is None:
+        return jnp.bool_(False)
+    requests, size = state.requests, state.pool.table.page_size
+    lines = requests.tokens.at[state.owners].get(mode="clip")
+    place = jnp.arange(lines.shape[1], dtype=jnp.int32)
+    most = jnp.minimum(of_rows(state, requests.num_tokens), requests.num_tokens[request] - 1)
+    alike = (lines == requests.tokens[request]) & (place < most[:, None])
+    common = jnp.min(jnp.where(alike, place.size, place), axis=1) // size * size
+    friends = outranks(requests, state.owners, request)
+    friends &= of_rows(state, requests.salt) == requests.salt[request]
+    return jnp.any(friends & (state.pool.table.kv_lens < common))
+
+
+def to_bring_back(state: ServeState) -> jax.Array:
+    """The first who waits, if the host has its pages and there is room for them, i32[]; Q: none."""
+    nobody = jnp.int32(state.capacity)
+
+    def look() -> jax.Array:
+        head = next_waiting(state)
+        tokens = state.requests.num_tokens.at[head].get(mode="fill", fill_value=0)
+        idle = state.owners == state.capacity
+        room = available_pages(state.pool) - promised_pages(state) - state.policy.watermark
+        enough = pages_for(tokens, state.pool.table.page_size) <= room
+        fits = jnp.any(idle) & (enough | jnp.all(idle))
+        is_away = state.away.at[head].get(mode="fill", fill_value=0) > 0
+        return jnp.where(fits & is_away, head, nobody)
+
+    return lax.cond(jnp.any(state.away > 0), look, lambda: nobody)
+
+
 def admit(state: ServeState) -> ServeState:
     """Give rows to those that wait, in order of rank, while there are rows and pages.
 
-    Pages count that are free or only cached, less what rows still need for the tokens they have. A
-    prompt counts in full, also what it is going to share with rows that run.
+    Pages count that are free or only cached, less what rows still need for the tokens they have.
+    What is counted stays there until the next request: a row holds the cached pages that it starts
+    on from here on, and nothing is evicted in between.
     """
-    page_size = state.pool.table.page_size
 
     def fits(state: ServeState) -> jax.Array:
         head = next_waiting(state)
         idle = state.owners == state.capacity
-        stored = state.pool.table.kv_lens
 
         def pages_allow() -> jax.Array:
-            wanted = pages_for(state.requests.num_tokens[head], page_size)
-            whole = stored + jnp.maximum(tokens_left(state), 0)
-            promised = pages_for(whole, page_size) - pages_for(stored, page_size)
-            room = (
-                available_pages(state.pool)
-                - jnp.sum(promised, dtype=jnp.int32)
-                - state.policy.watermark
-            )
-            return (wanted <= room) | jnp.all(idle)  # alone, it has what it needs
+            room = available_pages(state.pool) - promised_pages(state) - state.policy.watermark
+            enough = wanted_pages(state, head) <= room
+            return (enough | jnp.all(idle)) & ~better_later(state, head)  # alone, it has all
 
-        possible = (head < state.capacity) & jnp.any(idle)
+        here = state.away.at[head].get(mode="fill", fill_value=1) == 0  # else the host brings it
+        possible = here & jnp.any(idle)
         return lax.cond(possible, pages_allow, lambda: possible)
 
     def body(state: ServeState) -> ServeState:
@@ -116,6 +188,7 @@ def admit(state: ServeState) -> ServeState:
             jnp.where(start, head * width, 0),
             jnp.where(start, requests.num_tokens[head], 0),
         )
+        pool = leave_behind(pool, state.window, scrub=False)  # cached: nothing comes to be free
         found = jnp.where(start, pool.table.kv_lens, 0)
         return replace(
             state,
@@ -151,7 +224,7 @@ def leave(state: ServeState, row: jax.Array, status: jax.Array, *, scrub: bool) 
     statuses = state.requests.status.at[owner].set(status, mode="drop")
     return replace(
         state,
-        pool=release_rows(state.pool, mask, scrub=scrub),
+        pool=state.released(mask, scrub=scrub),
         owners=jnp.where(mask, state.capacity, state.owners),
         requests=replace(state.requests, status=statuses),
         preemptions=state.preemptions + preempted.astype(jnp.int32),
@@ -161,7 +234,8 @@ def leave(state: ServeState, row: jax.Array, status: jax.Array, *, scrub: bool) 
 def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
     """Find pages for the step's tokens; the last in rank leave until there are enough.
 
-    A request that finds no page though it is alone can never run, and ends.
+    A request that finds no page though it is alone can never run, and ends. Where one would leave
+    whose pages are worth moving, nobody runs: the host comes first.
 
     Args:
         state: after `admit`.
@@ -182,12 +256,25 @@ def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
         alone = jnp.sum(state.owners < state.capacity) == 1
         leaving = jnp.where(settled, nobody, last_running(state))
         status = jnp.where(alone, jnp.int32(Status.OUT_OF_PAGES), waits)
-        return state, leaving, status, q_lens, settled
+        moves = ~alone & worth_moving(state, leaving)
+        state = replace(state, leaving=jnp.where(moves, leaving, nobody))
+        q_lens = jnp.where(moves, 0, q_lens)
+        return state, leaving, status, q_lens, settled | moves
 
     last = last_running(state)
     owner = state.owners.at[last].get(mode="fill", fill_value=state.capacity)
-    displaced = outranks(state.requests, next_waiting(state), owner)
+    head = next_waiting(state)
+    displaced = outranks(state.requests, head, owner)
+    displaced = lax.cond(displaced, lambda: ~better_later(state, head), lambda: displaced)
     leaving = jnp.where(displaced, last, nobody)
-    carry = (state, leaving, waits, jnp.zeros_like(state.owners), jnp.bool_(False))
+    moves = worth_moving(state, leaving)
+    state = replace(state, leaving=jnp.where(moves, leaving, nobody))
+    carry = (state, leaving, waits, jnp.zeros_like(state.owners), moves)
     state, _, _, q_lens, _ = lax.while_loop(lambda carry: ~carry[-1], body, carry)
     return state, q_lens
+
+
+def worth_moving(state: ServeState, row: jax.Array) -> jax.Array:
+    """Whether the host is to move a row's pages, bool[]; not where it is out of range."""
+    stored = state.pool.table.kv_lens.at[row].get(mode="fill", fill_value=0)
+    return (stored > 0) & (stored >= state.policy.offload_from)

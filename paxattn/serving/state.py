@@ -22,9 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.decode_step import Status
+from paxattn.page_table.pages import pages_for
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.sampling import RowSampling, SamplingParams, row_sampling
-from paxattn.step import LanguageModel, PoolUse, no_use
+from paxattn.step import LanguageModel, PoolUse, no_use, window_of
+
+NEVER = 2**31 - 1  # tokens
 
 
 @jax.tree_util.register_dataclass
@@ -70,10 +73,13 @@ class Policy:
             being stored, more store them sooner. Taken as within R and `ServeState.step_tokens`.
         watermark: i32[], pages that must be left for the growth of running requests when another is
             admitted; more make preemption rarer.
+        offload_from: i32[], a row of at least so many tokens that has to leave ends the loop, so
+            that the host can move its pages, see `offload.HostPages`; `NEVER` at first.
     """
 
     token_budget: jax.Array
     watermark: jax.Array
+    offload_from: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +94,10 @@ class ServeState:
         policy: see `Policy`.
         use: how the pool was used.
         preemptions: i32[], times a running request had to give its pages back.
+        leaving: i32[], the row that waits for the host to take its pages; R: none.
+        away: i32[Q], tokens whose pages the host has; 0 for most.
         step_tokens: static, tokens that a step has room for.
+        window: static, the model's, see `step.window_of`.
     """
 
     pool: Pool
@@ -97,12 +106,28 @@ class ServeState:
     policy: Policy
     use: PoolUse
     preemptions: jax.Array
+    leaving: jax.Array
+    away: jax.Array
     step_tokens: int = field(metadata={"static": True})
+    window: int | None = field(metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         """Places for requests, Q; as an owner: none."""
         return self.requests.status.shape[0]
+
+    def most_pages(self, tokens: jax.Array | int) -> jax.Array:
+        """Pages that a request of so many tokens comes to hold at once, at most."""
+        size = self.pool.table.page_size
+        pages = pages_for(jnp.asarray(tokens), size)
+        if self.window is None:
+            return pages
+        return jnp.minimum(pages, (self.window + self.step_tokens) // size + 2)
+
+    def released(self, rows: jax.Array, *, scrub: bool) -> Pool:
+        """The pool without rows bool[R], whose full pages the prefix cache remembers."""
+        tokens = self.requests.tokens
+        return release_rows(self.pool, rows, scrub=scrub, tokens=tokens, lines=self.owners)
 
 
 def init_serve(
@@ -171,10 +196,17 @@ def init_serve(
         pool=pool,
         owners=jnp.full((max_seqs,), max_requests, jnp.int32),
         requests=requests,
-        policy=Policy(token_budget=jnp.int32(step_tokens), watermark=jnp.int32(watermark)),
+        policy=Policy(
+            token_budget=jnp.int32(step_tokens),
+            watermark=jnp.int32(watermark),
+            offload_from=jnp.int32(NEVER),
+        ),
         use=no_use(),
         preemptions=jnp.zeros((), jnp.int32),
+        leaving=jnp.int32(max_seqs),
+        away=zeros(),
         step_tokens=step_tokens,
+        window=window_of(model),
     )
 
 
@@ -215,7 +247,8 @@ def new_request(
         max_new_tokens=jnp.int32(max_new_tokens),
         stop_ids=jnp.asarray(ends),
         salt=jnp.int32(salt),
-        sampling=jax.tree.map(lambda column: column[0], row_sampling([sampling], 1)),
+        # By numpy: a device takes 200 us for each.
+        sampling=jax.tree.map(lambda column: np.asarray(column)[0], row_sampling([sampling], 1)),
         tokens=jnp.asarray(line),
         logprobs=jnp.zeros((longest,), jnp.float32),
     )
@@ -240,7 +273,11 @@ def stop(state: ServeState, mask: jax.Array, *, scrub: bool = False) -> ServeSta
     rows = mask.at[state.owners].get(mode="fill", fill_value=False)
     return replace(
         state,
-        pool=release_rows(state.pool, rows, scrub=scrub),
+        pool=state.released(rows, scrub=scrub),
         owners=jnp.where(rows, state.capacity, state.owners),
         requests=replace(state.requests, status=status),
+        leaving=jnp.where(
+            rows.at[state.leaving].get(mode="fill", fill_value=False), rows.size, state.leaving
+        ),
+        away=jnp.where(mask, 0, state.away),
     )

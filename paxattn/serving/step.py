@@ -12,9 +12,9 @@ from jax import lax
 
 from paxattn.decode_step import Status, take_in
 from paxattn.page_table import release, token_rows
-from paxattn.pool import Pool, remember_rows, with_table
+from paxattn.pool import Pool, leave_behind, remember_rows, with_table
 from paxattn.sampling import LogitsProcessor, sample
-from paxattn.serving.schedule import admit, make_way, of_rows, tokens_left
+from paxattn.serving.schedule import admit, make_way, of_rows, to_bring_back, tokens_left
 from paxattn.serving.state import ServeState
 from paxattn.step import LanguageModel, run_tokens
 
@@ -55,7 +55,8 @@ def serve_step(
         lambda: jnp.zeros(logits.shape, bool),
     )
     token, logprob = sample(logits, owned, num_generated, seen, logits_processor)
-    return record(state, token, logprob, complete, scrub=scrub)
+    stored = (q_lens > 1) | (complete & (num_generated == 0))
+    return record(state, token, logprob, complete, stored, scrub=scrub)
 
 
 def run_step(model: LanguageModel, state: ServeState, q_lens: jax.Array) -> tuple[Pool, jax.Array]:
@@ -111,12 +112,18 @@ def tokens_seen(state: ServeState, *, vocab_size: int) -> jax.Array:
 
 
 def record(
-    state: ServeState, token: jax.Array, logprob: jax.Array, complete: jax.Array, *, scrub: bool
+    state: ServeState,
+    token: jax.Array,
+    logprob: jax.Array,
+    complete: jax.Array,
+    stored: jax.Array,
+    *,
+    scrub: bool,
 ) -> ServeState:
     """Take down the new tokens i32[R] of ``complete`` rows, and end the requests that are through.
 
-    The prefix cache learns what a row has stored when its prompt is complete, so that others can
-    begin with it while it runs, and again when the request ends.
+    The prefix cache learns what a row holds whenever it ``stored`` bool[R] part of its prompt, so
+    that others can begin with it while it runs, and again when the request ends.
     """
     requests = state.requests
     num_tokens = of_rows(state, requests.num_tokens)
@@ -131,10 +138,14 @@ def record(
     status = jnp.where(complete, status, jnp.int32(Status.RUNNING))
     owners = jnp.where(complete, state.owners, state.capacity)
     ended = status != Status.RUNNING
-    pool = remember_rows(state.pool, ended | (complete & (num_generated == 0)))
+    pool = remember_rows(state.pool, ended | stored, requests.tokens, state.owners)
+    pool = with_table(pool, release(pool.table, ended), scrub=scrub)
+    pool = leave_behind(pool, state.window, scrub=scrub)
+    # Always: but now lines are written after they were read, in place.
+    owners = jnp.where(pool.table.num_free >= 0, owners, state.capacity)
     return replace(
         state,
-        pool=with_table(pool, release(pool.table, ended), scrub=scrub),
+        pool=pool,
         owners=jnp.where(ended, state.capacity, state.owners),
         requests=replace(
             requests,
@@ -143,7 +154,7 @@ def record(
             tokens=requests.tokens.at[owners, num_tokens].set(token, mode="drop"),
             logprobs=requests.logprobs.at[owners, num_tokens].set(logprob, mode="drop"),
         ),
-        use=state.use.after(state.pool.table),
+        use=state.use.after(state.pool.table, state.window),
     )
 
 
@@ -157,6 +168,8 @@ def serve(
 ) -> ServeState:
     """Run ``steps`` i32[] steps, or fewer if all requests have ended; nothing waits for the host.
 
+    If pages are to move to the host's memory or back (`Policy.offload_from`), the loop ends there.
+
     Args:
         model: see `LanguageModel`.
         state: donate it to the enclosing jit.
@@ -168,7 +181,8 @@ def serve(
 
     def more(state: ServeState) -> jax.Array:
         left = jnp.any(state.requests.status == Status.RUNNING)
-        return left & (state.use.num_steps < last)
+        moves = (state.leaving < state.owners.size) | (to_bring_back(state) < state.capacity)
+        return left & ~moves & (state.use.num_steps < last)
 
     def body(state: ServeState) -> ServeState:
         return serve_step(model, state, logits_processor=logits_processor, scrub=scrub)

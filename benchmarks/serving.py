@@ -1,0 +1,353 @@
+"""Continuous batching in pages beside naive reservation, and beside Hugging Face transformers.
+
+    python benchmarks/serving.py [--only memory,latency,throughput]
+
+All with the bundled checkpoint in float32, in the memory in which naive reservation of 2,048 tokens
+serves 4 requests at once. Requests are all there at the start; prompts are random tokens, nothing
+ends one before its length.
+
+memory: how many run at once, and how full their pages are, of three workloads: the promised one
+(responses of 500 tokens on average), and lengths drawn through the percentiles of the Azure 2023
+conversation and code traces (Patel et al., Splitwise, https://arxiv.org/abs/2311.18677), scaled to
+the model's 2,048 positions. Writes a picture too, where matplotlib is there.
+
+latency: a step of a server with 8 requests that decode, beside a decode step over dense caches
+that reserve 2,048 tokens for each.
+
+throughput: static batches of 4, Hugging Face continuous batching (``generate_batch``'s manager,
+``paged|sdpa``, the same weights and pages; where torch is there), and this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import RESULTS, interleaved, save, show
+from end_to_end import BATCH, STEPS, dense_decode, timed
+
+from paxattn import bundled, generate, load
+from paxattn.sampling import SamplingParams, row_sampling
+from paxattn.serving import Engine, ServeState, engine, init_serve, new_request, put, serve
+
+NAIVE, POSITIONS, PAGE, STEP_TOKENS = 4, 2048, 16, 256
+PAGES = NAIVE * POSITIONS // PAGE
+ROWS = 32
+Lengths = list[tuple[int, int]]  # of prompt and response
+
+# Percentiles 50, 90 and 99 of inputs and outputs, in tokens; the traces are cut at the last.
+AZURE = {
+    "conversation": ([1, 1020, 2735, 4142, 4142], [1, 129, 424, 601, 601]),
+    "code": ([1, 1469, 5194, 7436, 7436], [1, 13, 55, 252, 252]),
+}
+
+
+def promised(count: int) -> Lengths:
+    rng = np.random.default_rng(0)
+    return list(
+        zip(rng.integers(8, 64, count).tolist(), rng.integers(50, 951, count).tolist(), strict=True)
+    )
+
+
+def azure(trace: str, count: int) -> Lengths:
+    rng = np.random.default_rng(1)
+    scale = min(1, (POSITIONS - 2) / sum(points[-1] for points in AZURE[trace]))
+    columns = []
+    for points in AZURE[trace]:
+        drawn = np.interp(rng.random(count), [0, 0.5, 0.9, 0.99, 1], points)
+        columns.append(np.maximum(drawn * scale, 1).astype(int).tolist())
+    return list(zip(*columns, strict=True))
+
+
+def prompts_of(lengths: Lengths) -> list[list[int]]:
+    rng = np.random.default_rng(2)
+    return [rng.integers(1, 4096, prompt).tolist() for prompt, _ in lengths]
+
+
+def new_engine(model: Any, lengths: Lengths, rows: int) -> Engine:
+    """An engine with all requests in its queue."""
+    made = Engine(
+        model,
+        num_pages=PAGES,
+        page_size=PAGE,
+        max_seqs=rows,
+        max_requests=max(len(lengths), rows),
+        step_tokens=STEP_TOKENS,
+        prefix_cache=False,  # what it keeps would count as held
+    )
+    for ids, (_, new) in zip(prompts_of(lengths), lengths, strict=True):
+        made.add_request(ids, max_new_tokens=new)
+    return made
+
+
+@jax.jit
+def look(state: ServeState) -> tuple[jax.Array, ...]:
+    """Running, waiting, tokens in pages, pages held, tokens ever run."""
+    running = jnp.sum(state.owners < state.capacity)
+    table = state.pool.table
+    unfinished = jnp.sum(state.requests.status == 1)
+    held = table.num_pages - table.num_free
+    return running, unfinished - running, jnp.sum(table.kv_lens), held, state.use.num_steps
+
+
+def watch(served: Engine) -> dict[str, np.ndarray]:
+    """Run an engine to its end, looking after every block; columns over time."""
+    seen = []
+    while served.num_unfinished:
+        served.step()
+        seen.append([time.perf_counter(), *jax.device_get(look(served._state))])
+    columns = np.array(seen, float).T
+    columns[0] -= columns[0][0]
+    return dict(
+        zip(("time", "running", "waiting", "tokens", "pages", "steps"), columns, strict=True)
+    )
+
+
+def memory(model: Any, count: int) -> None:
+    workloads = {
+        "promised, mean response 500": promised(count),
+        **{f"Azure {trace}": azure(trace, count) for trace in AZURE},
+    }
+    rows, over_time = [], {}
+    for name, lengths in workloads.items():
+        seen = {"naive": watch(new_engine(model, lengths, NAIVE))}
+        paged = new_engine(model, lengths, ROWS)
+        seen["pages"] = watch(paged)
+        over_time[name] = seen
+        # While some wait: what runs then is what fits.
+        busy = {kind: one["waiting"] > 0 for kind, one in seen.items()}
+        if not all(mask.any() for mask in busy.values()):
+            raise RuntimeError(f"{count} requests do not fill the memory: ask for more --requests")
+        at_once = {kind: one["running"][busy[kind]].mean() for kind, one in seen.items()}
+        use = jax.device_get(paged._state.use)
+        naive_tokens = seen["naive"]["tokens"][busy["naive"]].mean()
+        rows.append(
+            {
+                "workload": name,
+                "requests": len(lengths),
+                "mean_prompt": float(np.mean([prompt for prompt, _ in lengths])),
+                "mean_response": float(np.mean([new for _, new in lengths])),
+                "naive_at_once": float(at_once["naive"]),
+                "pages_at_once": float(at_once["pages"]),
+                "times_as_many": float(at_once["pages"] / at_once["naive"]),
+                "naive_utilization": float(naive_tokens / (NAIVE * POSITIONS)),
+                "utilization": float(use.token_steps / (use.page_steps * PAGE)),
+                "preemptions": int(paged._state.preemptions),
+            }
+        )
+    show(f"requests at once in the memory of {NAIVE} x {POSITIONS} tokens", rows)
+    save("serving_memory", rows)
+    draw(over_time)
+
+
+def draw(over_time: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
+    """The picture: a column per workload; against steps, which are alike on every machine."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        3, len(over_time), figsize=(4 * len(over_time), 7), sharex="col", squeeze=False
+    )
+    for column, (name, kinds) in zip(axes.T, over_time.items(), strict=True):
+        for kind, seen in kinds.items():
+            slots = NAIVE * POSITIONS if kind == "naive" else np.maximum(seen["pages"] * PAGE, 1)
+            shown = (100 * seen["tokens"] / slots, seen["running"], seen["waiting"])
+            for axis, values in zip(column, shown, strict=True):
+                axis.plot(seen["steps"], values, label=kind)
+        column[0].set_title(name)
+        column[-1].set_xlabel("step")
+    for axis, label in zip(
+        axes[:, 0],
+        ("% of reserved slots filled", "requests running", "requests waiting"),
+        strict=True,
+    ):
+        axis.set_ylabel(label)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "serving.png", dpi=110)
+    print(f"wrote {RESULTS / 'serving.png'}")
+
+
+def latency(model: Any, rounds: int) -> None:
+    config = model.config
+    run = jax.jit(serve, donate_argnames="state")
+    rows = []
+    for context in (512, 1024):
+        state = init_serve(
+            model, num_pages=BATCH * POSITIONS // PAGE, page_size=PAGE, max_seqs=BATCH,
+            max_requests=BATCH, max_tokens=POSITIONS, step_tokens=STEP_TOKENS, remember=False,
+        )  # fmt: skip
+        requests = state.requests
+        for i, ids in enumerate(prompts_of([(context, 0)] * BATCH)):
+            one = new_request(state, ids, max_new_tokens=POSITIONS - context, arrival=i)
+            requests = put(requests, jnp.int32(i), one)
+        state = dataclasses.replace(state, requests=requests)
+        state = jax.block_until_ready(run(model, state, jnp.int32(context * BATCH // 200)))
+        shape = (config.num_layers, BATCH, config.num_kv_heads, POSITIONS, config.head_dim)
+        k, v = (jax.random.normal(jax.random.key(i), shape) for i in (1, 2))
+        first = jnp.arange(BATCH, dtype=jnp.int32)
+        params = row_sampling([SamplingParams()] * BATCH, BATCH)
+        seen = jnp.zeros((BATCH, config.vocab_size), bool)
+
+        def run_dense(k=k, v=v, first=first, params=params, seen=seen, context=context) -> float:
+            caches = jax.block_until_ready((k + 0, v + 0))
+            lens = jnp.full(BATCH, context, jnp.int32)
+            return timed(lambda: dense_decode(model, caches, first, lens, params, seen)[2])[0]
+
+        def run_paged(state=state) -> float:
+            own = jax.block_until_ready(jax.tree.map(lambda x: x + 0, state))
+            return timed(lambda: run(model, own, jnp.int32(STEPS)).use.num_steps)[0]
+
+        seconds = interleaved({"pages": run_paged, "reserved": run_dense}, rounds)
+        paged, dense = (seconds[name]["min"] / STEPS * 1e3 for name in ("pages", "reserved"))
+        rows.append(
+            {
+                "context": context,
+                "batch": BATCH,
+                "pages_ms_per_token": paged,
+                "reserved_ms_per_token": dense,
+                "pages_over_reserved": paged / dense,
+            }
+        )
+    show(f"latency per token at equal batch, {POSITIONS} tokens reserved each", rows)
+    save("serving_latency", rows)
+
+
+def run_static(model: Any, lengths: Lengths) -> float:
+    """Batches of as many as can reserve their memory, in the order they came."""
+    prompts = prompts_of(lengths)
+    began = time.perf_counter()
+    for start in range(0, len(lengths), NAIVE):
+        batch = slice(start, start + NAIVE)
+        new = [new for _, new in lengths[batch]]
+        generate(model, prompts[batch], max_new_tokens=new, prefix_cache=False)
+    return time.perf_counter() - began
+
+
+def run_here(model: Any, lengths: Lengths) -> tuple[float, float]:
+    """Seconds, and how many of them the device loop ran."""
+    served, inside = new_engine(model, lengths, ROWS), 0.0
+    whole = engine._serve
+
+    def measured(*args: Any, **options: Any) -> ServeState:
+        nonlocal inside
+        began = time.perf_counter()
+        state = jax.block_until_ready(whole(*args, **options))
+        inside += time.perf_counter() - began
+        return state
+
+    engine._serve = measured
+    try:
+        began = time.perf_counter()
+        while served.num_unfinished:
+            served.step()
+        return time.perf_counter() - began, inside
+    finally:
+        engine._serve = whole
+
+
+def transformers_server(path: Path) -> Callable[[Lengths], float] | None:
+    """Hugging Face continuous batching of the same weights in as many pages."""
+    try:
+        import torch
+        import transformers
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    except ImportError as error:
+        print(f"skipped Hugging Face continuous batching: {error}")
+        return None
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.set_attn_implementation("paged|sdpa")
+
+    def run(lengths: Lengths) -> float:
+        manager = model.init_continuous_batching(
+            generation_config=transformers.GenerationConfig(
+                do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=POSITIONS
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=32, num_blocks=NAIVE * POSITIONS // 32, max_batch_tokens=512
+            ),
+        )
+        began = time.perf_counter()
+        for ids, (_, new) in zip(prompts_of(lengths), lengths, strict=True):
+            manager.add_request(ids, max_new_tokens=new)
+        manager.start()
+        finished = tokens = 0
+        while finished < len(lengths):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                finished, tokens = finished + 1, tokens + len(result.generated_tokens)
+            elif not manager.is_running():
+                raise RuntimeError("the manager's thread ended before the requests")
+        took = time.perf_counter() - began
+        manager.stop(block=True)
+        if tokens != sum(new for _, new in lengths):
+            raise RuntimeError(f"{tokens} tokens came of {sum(new for _, new in lengths)}")
+        return took
+
+    return run
+
+
+def throughput(model: Any, path: Path, count: int, rounds: int) -> None:
+    lengths = promised(count)
+    tokens = sum(new for _, new in lengths)
+    here: list[tuple[float, float]] = []
+
+    def run_engine() -> float:
+        here.append(run_here(model, lengths))
+        return here[-1][0]
+
+    sides = {
+        "pages, continuous batching": run_engine,
+        f"reserved, static batches of {NAIVE}": lambda: run_static(model, lengths),
+    }
+    theirs = transformers_server(path)
+    if theirs is not None:
+        sides["transformers, continuous batching"] = lambda: theirs(lengths)
+    seconds = interleaved(sides, rounds)
+    ours = seconds["pages, continuous batching"]["min"]
+    total, inside = min(here)
+    rows = [
+        {
+            "what": name,
+            "requests": count,
+            "tokens_per_s": tokens / took["min"],
+            "paxattn_is_faster_by": took["min"] / ours,
+            "outside_device_loop": 1 - inside / total if took["min"] == ours else None,
+        }
+        for name, took in seconds.items()
+    ]
+    show(f"throughput, responses of {tokens / count:.0f} tokens on average", rows)
+    save("serving_throughput", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="memory,latency,throughput")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2, help="of throughput")
+    args = parser.parse_args()
+    path = bundled()
+    model = load(path, dtype="float32").model
+    if "memory" in args.only:
+        memory(model, args.requests)
+    if "latency" in args.only:
+        latency(model, 10)
+    if "throughput" in args.only:
+        throughput(model, Path(path), args.requests // 2, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The ragged kernel: tiles of queries walk over their rows' pages, block by block.
+
+The grid is (tile, block of heads); its steps run one after another, and queries and results are
+moved by Pallas' own pipeline. Pages, and the page ids that say where they are, are not: the blocks
+of all steps form one chain, and while one is computed, the next one's pages are on their way from
+HBM, and so are the ids of the one after that. So neither the end of a row nor that of a tile drains
+the pipeline, and scalar memory holds 256 page ids, however long the block tables are. A page of
+`block_heads` heads is contiguous: one copy for its keys and one for its values. Pages that no query
+of the tile may see (after its last position, before its window) are not fetched.
+
+Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867; FlashAttention), in base 2, with
+f32 accumulators.
+
+Letters: B tiles, H KV heads, h `block_heads`, Q packed query rows (token-major: row `i * G + g` is
+token `i`'s head `g` of the group), D head_dim, P `page_size`, K tokens of a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from paxattn.attention.mosaic_tpu.chain import Chain, Step
+from paxattn.attention.mosaic_tpu.config import LANES
+from paxattn.attention.mosaic_tpu.plan import Tiles
+from paxattn.attention.mosaic_tpu.refs import Scalars, Scratch, Shape
+from paxattn.attention.mosaic_tpu.softmax import Softmax
+
+
+def launch(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_ids: jax.Array,
+    *,
+    tiles: Tiles,
+    layer: jax.Array,
+    window: jax.Array,
+    sm_scale: jax.Array,
+    shape: Shape,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Serves the tiles of one launch.
+
+    Args:
+        q: [B, H, Q, D].
+        k_pages: [L, N, H, P, D].
+        v_pages: same.
+        page_ids: i32[R, ceil(M / 128), 1, 128].
+        tiles: which tokens each tile reads.
+        layer: i32[].
+        window: i32[]; not positive: none.
+        sm_scale: f32[].
+        shape: what is static.
+        interpret: parameters of Pallas' TPU interpreter, or False.
+
+    Returns:
+        o [B, H, Q, D] and lse f32[B, H, Q], undefined for tiles beyond the last.
+    """
+    num_tiles, heads = q.shape[0], shape.config.block_heads
+    rows, dim, tokens = shape.rows, shape.head_dim, shape.tokens
+
+    def block(tile: Any, head_block: Any, *_: Any) -> tuple:
+        return tile, head_block, 0, 0
+
+    scalars = Scalars(
+        rows=tiles.rows,
+        lens=tiles.lens,
+        positions=tiles.positions,
+        starts=tiles.starts,
+        stops=tiles.stops,
+        count=tiles.count,
+        layer=layer.reshape(1),
+        window=window.reshape(1),
+        sm_scale=sm_scale.reshape(1),
+    )
+    block_of_kv = (dim, tokens) if shape.across else (tokens, dim)
+    if shape.across:
+        k_pages, v_pages = k_pages.swapaxes(-1, -2), v_pages.swapaxes(-1, -2)
+    scratch = Scratch(
+        k=pltpu.VMEM((2, heads, *block_of_kv), shape.dtype),
+        v=pltpu.VMEM((2, heads, *block_of_kv), shape.dtype),
+        page_ids=pltpu.SMEM((2, 1, LANES), jnp.int32),
+        acc=pltpu.VMEM((heads, rows, dim), jnp.float32),
+        top=pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        total=pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        number=pltpu.SMEM((1,), jnp.int32),
+        k_arrived=pltpu.SemaphoreType.DMA((2,)),
+        v_arrived=pltpu.SemaphoreType.DMA((2,)),
+        ids_arrived=pltpu.SemaphoreType.DMA((2,)),
+    )
+
+    def body(*refs: Any) -> None:
+        given, refs = refs[: len(Scalars._fields)], refs[len(Scalars._fields) :]
+        q_ref, k_hbm, v_hbm, ids_hbm, o_ref, lse_ref = refs[:6]
+        common = Scalars(*given), Scratch(*refs[6:]), shape
+        _step(Chain((k_hbm, v_hbm, ids_hbm), *common), Softmax(*common), q_ref, o_ref, lse_ref)
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    # (lse: with head blocks on an axis of their own, a block of it has whole last axes)
+    o, lse = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(jnp.maximum(tiles.count[0], 1), shape.head_blocks),
+            in_specs=[pl.BlockSpec((None, heads, rows, dim), block), *(anywhere,) * 3],
+            out_specs=[
+                pl.BlockSpec((None, heads, rows, dim), block),
+                pl.BlockSpec((None, None, heads, rows), block),
+            ],
+            scratch_shapes=list(scratch),
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((num_tiles, shape.num_kv_heads, rows, dim), shape.out_dtype),
+            jax.ShapeDtypeStruct((num_tiles, shape.head_blocks, heads, rows), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="paged_ragged",
+    )(*scalars, q, k_pages, v_pages, page_ids)
+    return o, lse.reshape(num_tiles, shape.num_kv_heads, rows)
+
+
+def _step(chain: Chain, softmax: Softmax, q_ref: Any, o_ref: Any, lse_ref: Any) -> None:
+    """Computes one tile in one block of heads, and sends for what comes after it."""
+    count, number = chain.given.count[0], chain.scratch.number
+    tile, head_block = pl.program_id(0), pl.program_id(1)
+    first, last = chain.first_block(tile), chain.last_block(tile)
+
+    @pl.when((tile == 0) & (head_block == 0) & (count > 0))
+    def _() -> None:
+        number[0] = 0
+        begin = Step(tile, head_block, first)
+        chain.ids(begin, 0).start()
+        chain.follow(begin, 0)
+
+    @pl.when(tile < count)
+    def _() -> None:
+        softmax.begin()
+        done = number[0]
+
+        def visit(block: Any, _: None) -> None:
+            here = Step(tile, head_block, block)
+            slot = (done + block - first) % 2
+            chain.follow(chain.after(here), 1 - slot)
+            chain.pages(here, slot, start=False)
+            softmax.clear_tail(here, slot)
+            softmax.attend(here, slot, q_ref)
+
+        lax.fori_loop(first, last + 1, visit, None)
+        number[0] = done + last + 1 - first
+        softmax.finish(o_ref, lse_ref)

@@ -1,0 +1,112 @@
+"""The implementation named "mosaic_tpu": runs a plan's launches, and joins their results.
+
+Letters: T tokens of the ragged batch, R rows, H KV heads, G group, D head_dim; B tiles of a launch,
+C `block_q`, Q packed query rows of a tile (C x G, token-major, in whole registers).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paxattn.attention.mosaic_tpu.config import packed_rows
+from paxattn.attention.mosaic_tpu.kernel import launch
+from paxattn.attention.mosaic_tpu.plan import Plan, Tiles
+from paxattn.attention.mosaic_tpu.refs import Shape
+from paxattn.attention.reference import add_sinks
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "soft_cap", "interpret"))
+def attend_batch(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    layer: jax.Array | int | None,
+    sm_scale: jax.Array | float,
+    sliding_window: jax.Array | int | None,
+    sinks: jax.Array | None,
+    causal: bool,
+    soft_cap: float | None,
+    plan: Plan,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Serves a batch.
+
+    Args:
+        q: [T, H * G, D].
+        k_pages: [L, N, H, P, D], or [N, H, P, D] without `layer`.
+        v_pages: same.
+        layer: i32[] or None.
+        sm_scale: factor on `q . k`.
+        sliding_window: i32[] (not positive: none), or None.
+        sinks: f32[H * G] or None.
+        causal: whether a query is blind to later positions.
+        soft_cap: on scaled scores, or None.
+        plan: for this batch and window.
+        interpret: parameters of Pallas' TPU interpreter, or False.
+
+    Returns:
+        o [T, H * G, D] in q's dtype, lse f32[T, H * G].
+    """
+    if layer is None:
+        k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
+    num_layers, _, heads, page_size, head_dim = k_pages.shape
+    # Sinks scale the result once more: round it only after that.
+    out_dtype = q.dtype if sinks is None else jnp.float32
+    o = jnp.zeros(q.shape, out_dtype)
+    lse = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    for tiles in plan.launches:
+        shape = Shape(
+            config=tiles.config,
+            group=q.shape[1] // heads,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            causal=causal,
+            window=sliding_window is not None,
+            soft_cap=soft_cap,
+            dtype=q.dtype,
+            out_dtype=out_dtype,
+        )
+        found = launch(
+            _pack(q, tiles, heads),
+            k_pages,
+            v_pages,
+            plan.page_ids,
+            tiles=tiles,
+            layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1),
+            window=jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32),
+            sm_scale=jnp.asarray(sm_scale, jnp.float32),
+            shape=shape,
+            interpret=interpret,
+        )
+        tile_o, tile_lse = (_unpack(x, tiles, shape.group) for x in (found[0], found[1][..., None]))
+        served = tiles.served[:, None]  # (a token is in one launch only)
+        o = jnp.where(served[..., None], tile_o, o)
+        lse = jnp.where(served, tile_lse[..., 0], lse)
+    if sinks is not None:
+        o, lse = add_sinks(o, lse, sinks.astype(jnp.float32))
+    return o.astype(q.dtype), lse
+
+
+def _pack(q: jax.Array, tiles: Tiles, heads: int) -> jax.Array:
+    """`[T, H * G, D] -> [B, H, Q, D]`; places without a query hold anything."""
+    block_q, (_, num_q_heads, head_dim) = tiles.config.block_q, q.shape
+    group = num_q_heads // heads
+    tokens = tiles.tokens[:, None] + jnp.arange(block_q, dtype=jnp.int32)
+    packed = q.at[tokens].get(mode="clip").reshape(-1, block_q, heads, group, head_dim)
+    packed = jnp.moveaxis(packed, 2, 1).reshape(-1, heads, block_q * group, head_dim)
+    padding = packed_rows(block_q, group) - block_q * group
+    return jnp.pad(packed, ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+
+def _unpack(packed: jax.Array, tiles: Tiles, group: int) -> jax.Array:
+    """`[B, H, Q, X] -> [T, H * G, X]`; undefined for tokens that are not served."""
+    block_q, (num_tiles, heads, _, columns) = tiles.config.block_q, packed.shape
+    packed = packed[:, :, : block_q * group].reshape(num_tiles, heads, block_q, group, columns)
+    packed = jnp.moveaxis(packed, 1, 2).reshape(num_tiles * block_q, heads * group, columns)
+    return packed.at[tiles.place].get(mode="promise_in_bounds")

@@ -1,0 +1,108 @@
+"""What the parts of the kernel share: static facts, scalars, and memory of its own.
+
+Letters as in `kernel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from paxattn.attention.mosaic_tpu.config import CHUNK, Config, lie_across, packed_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is static about a launch.
+
+    Attributes:
+        config: block sizes.
+        group: G.
+        num_kv_heads: H.
+        head_dim: D.
+        page_size: P.
+        causal: whether a query is blind to later positions.
+        window: whether there may be a sliding window.
+        soft_cap: on scaled scores, or None.
+        dtype: of queries and pages.
+        out_dtype: of the result.
+    """
+
+    config: Config
+    group: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    causal: bool
+    window: bool
+    soft_cap: float | None
+    dtype: Any
+    out_dtype: Any
+
+    @property
+    def rows(self) -> int:
+        """Q."""
+        return packed_rows(self.config.block_q, self.group)
+
+    @property
+    def chunk(self) -> int:
+        """Packed query rows that are worked on together."""
+        return min(self.rows, CHUNK)
+
+    @property
+    def tokens(self) -> int:
+        """K."""
+        return self.config.block_pages * self.page_size
+
+    @property
+    def across(self) -> bool:
+        """Whether pages lie as [D, P]: see `config.lie_across`."""
+        return lie_across(self.head_dim, self.page_size)
+
+    @property
+    def head_blocks(self) -> int:
+        """H / h."""
+        return self.num_kv_heads // self.config.block_heads
+
+
+class Scalars(NamedTuple):
+    """What lies in scalar memory: `Tiles`' arrays, then i32[1] and f32[1]."""
+
+    rows: Any
+    lens: Any
+    positions: Any
+    starts: Any
+    stops: Any
+    count: Any
+    layer: Any
+    window: Any
+    sm_scale: Any
+
+
+class Scratch(NamedTuple):
+    """Memory of the kernel's own.
+
+    Attributes:
+        k: [2, h, K, D], or [2, h, D, K] of pages that lie across: two blocks of keys, one computed,
+            one on its way.
+        v: same.
+        page_ids: i32[2, 1, 128] in scalar memory.
+        acc: f32[h, Q, D], the result before it is divided by `total`.
+        top: f32[h, Q, 128], the largest score so far, the same in all columns.
+        total: f32[h, Q, 128], the sum of weights.
+        number: i32[1], blocks of the chain computed so far.
+        k_arrived: semaphores, one per block.
+        v_arrived: same.
+        ids_arrived: same.
+    """
+
+    k: Any
+    v: Any
+    page_ids: Any
+    acc: Any
+    top: Any
+    total: Any
+    number: Any
+    k_arrived: Any
+    v_arrived: Any
+    ids_arrived: Any

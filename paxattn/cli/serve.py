@@ -1,0 +1,230 @@
+"""`paxattn serve`."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+
+from paxattn.cli.common import (
+    DTYPES,
+    devices,
+    loading,
+    not_empty,
+    page_size_option,
+    use_compilation_cache,
+)
+from paxattn.cli.plan import Bytes
+from paxattn.display import Output
+from paxattn.models import Checkpoint, bundled, load
+from paxattn.serving import Engine
+
+_ON_A_CPU = 2**30  # bytes of pages, where nobody says how much memory there is
+_OF_A_DEVICE = 0.85  # of the memory that the weights leave; the rest is for what steps need
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      paxattn serve
+      paxattn serve --model Qwen/Qwen3-0.6B --port 8080 --max-seqs 64
+      paxattn serve --model DIR --name my-model --memory 20GiB --host 0.0.0.0
+    """
+)
+@click.option(
+    "--model",
+    "-m",
+    callback=not_empty,
+    help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
+)
+@click.option(
+    "--name", callback=not_empty, help="The model's, for clients.  [default: the directory's]"
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all networks.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option(
+    "--max-seqs",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Requests that run at once.",
+)
+@click.option(
+    "--max-requests",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Requests that run or wait; beyond, clients are told to try again later.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2),
+    help="Of a request, prompt and completion.  [default: the model's positions]",
+)
+@click.option(
+    "--step-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Tokens per device step: what decoding leaves of them stores prompts.",
+)
+@click.option(
+    "--memory", type=Bytes(), help="For pages, such as 4GiB.  [default: what the weights leave]"
+)
+@click.option("--num-pages", type=click.IntRange(1), help="Instead of --memory.")
+@page_size_option
+@click.option(
+    "--prefix-cache/--no-prefix-cache",
+    default=True,
+    show_default=True,
+    help="Start prompts from what earlier requests computed.",
+)
+@click.option(
+    "--chat-template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A jinja file.  [default: the checkpoint's]",
+)
+@click.option(
+    "--max-body", type=Bytes(), default="4MiB", show_default=True, help="Bytes of a request."
+)
+@click.option(
+    "--grace",
+    type=click.IntRange(0),
+    default=60,
+    show_default=True,
+    help="Seconds that running requests have to end after SIGTERM or Ctrl-C.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
+)
+def serve(
+    model: str | None,
+    name: str | None,
+    host: str,
+    port: int,
+    max_tokens: int | None,
+    memory: int | None,
+    num_pages: int | None,
+    page_size: int,
+    chat_template: Path | None,
+    max_body: int,
+    grace: int,
+    dtype: str | None,
+    **sizes: Any,
+) -> None:
+    """Serve a model over HTTP by the OpenAI API; needs paxattn[serve].
+
+    POST /v1/completions and /v1/chat/completions, whole or as server-sent events; GET /v1/models,
+    /health and /metrics (for Prometheus).
+    """
+    try:
+        import uvicorn
+
+        from paxattn.server import ChatTemplate, create_app, read_chat_template
+    except ImportError as error:
+        raise click.ClickException(
+            f"no module {error.name}: pip install 'paxattn[serve]'"
+        ) from None
+    if memory is not None and num_pages is not None:
+        raise click.UsageError("--memory and --num-pages both tell the pages: pass one of them")
+    log = Output(stderr=True, highlight=False)
+    with _bound(host, port) as sock:
+        use_compilation_cache()
+        devices()
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
+        with loading(log) as progress:
+            checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
+        if checkpoint.tokenizer is None:
+            raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
+        if chat_template is None:
+            template = read_chat_template(checkpoint.directory)
+        else:
+            template = ChatTemplate(chat_template.read_text(encoding="utf-8"))
+        engine = Engine(
+            checkpoint.model,
+            num_pages=num_pages or _num_pages(checkpoint, memory, page_size, max_tokens, sizes),
+            page_size=page_size,
+            max_tokens=max_tokens,
+            tokenizer=checkpoint.tokenizer,
+            **sizes,
+        )
+        app = create_app(
+            engine,
+            name=name or (model or bundled().name).rstrip("/"),
+            stop_token_ids=checkpoint.stop_token_ids,
+            chat_template=template,
+            max_body_bytes=max_body,
+        )
+        with log.status("compiling"):
+            engine.warm_up()
+        url = f"http://{host}:{sock.getsockname()[1]}/v1"
+        log.print(
+            f"serving at {url}, {engine.num_pages} pages of {page_size} tokens", soft_wrap=True
+        )
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=grace,
+        )
+        # uvicorn handles both signals, and raises them again when all is done.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[sock])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens to nobody yet: a port that is taken is known before all the work."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as error:
+        raise click.ClickException(f"cannot serve at {host}:{port}: {error.strerror}") from None
+    return sock
+
+
+def _num_pages(
+    checkpoint: Checkpoint,
+    memory: int | None,
+    page_size: int,
+    max_tokens: int | None,
+    sizes: dict[str, Any],
+) -> int:
+    """Pages that fit the memory; never more than the running requests can fill."""
+    longest = checkpoint.config.max_positions if max_tokens is None else max_tokens
+    if memory is None:
+        stats = jax.devices()[0].memory_stats() or {}
+        left = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        memory = int(_OF_A_DEVICE * left) if left > 0 else _ON_A_CPU
+    init = partial(checkpoint.model.init_cache, num_pages=1, page_size=page_size)
+    page_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init)))
+    enough = sizes["max_seqs"] * -(-longest // page_size)
+    pages = min(memory // page_bytes, enough)
+    if pages < 1:
+        raise click.ClickException(
+            f"{memory} bytes hold no page of {page_size} tokens and {page_bytes} bytes: raise "
+            "--memory"
+        )
+    return pages

@@ -1,0 +1,6 @@
+"""An HTTP server in front of an `Engine`, of the OpenAI API; needs ``paxattn[serve]``."""
+
+from paxattn.server.app import create_app
+from paxattn.server.chat import ChatTemplate, read_chat_template
+
+__all__ = ["ChatTemplate", "create_app", "read_chat_template"]

@@ -1,0 +1,289 @@
+"""What a client asks of the OpenAI API, checked: completions and chat completions."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paxattn.requests import prompt_ids
+from paxattn.sampling import SamplingParams
+from paxattn.server.chat import ChatTemplate
+from paxattn.server.errors import ApiError
+from paxattn.server.fields import Fields, is_tokens
+from paxattn.serving import Engine, RequestOptions
+
+_MOST_STOPS = 16
+_MOST_SAMPLES = 128
+
+# Beyond OpenAI's own: what other servers of this API call the same.
+_EXTENSIONS = {
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop_token_ids",
+    "ignore_eos",
+    "priority",
+}
+# They say nothing about the text.
+_IGNORED = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+}
+_COMMON = {
+    *_EXTENSIONS,
+    *_IGNORED,
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "logprobs",
+}
+# What is not there, with the values that ask for nothing.
+_PENALTY = "there is repetition_penalty instead: 1 is none"
+_NO_TOOLS = "this server calls no tools"
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "frequency_penalty": ((0,), _PENALTY),
+    "presence_penalty": ((0,), _PENALTY),
+    "logit_bias": (({},), "this server biases no logits"),
+}
+_UNSUPPORTED_IN_COMPLETIONS = _UNSUPPORTED | {
+    "best_of": ((1,), "this server returns all of n samples"),
+    "suffix": (("",), "this server does not fill in the middle"),
+}
+_UNSUPPORTED_IN_CHAT = _UNSUPPORTED | {
+    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "response_format": (({"type": "text"},), "this server does not constrain the format"),
+    "modalities": ((["text"],), "this server writes text"),
+    "top_logprobs": ((0,), "this server knows the log-probabilities of chosen tokens only"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request, checked.
+
+    Attributes:
+        chat: chat completions rather than completions.
+        prompts: token ids of each.
+        echoes: what the text of each prompt's completions begins with.
+        options: for the engine; ``num_samples`` of each prompt.
+        stream: as server-sent events.
+        usage: whether their last one is the usage.
+        logprobs: whether those of the tokens are wanted.
+    """
+
+    chat: bool
+    prompts: list[list[int]]
+    echoes: list[str]
+    options: RequestOptions
+    stream: bool
+    usage: bool
+    logprobs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Checks bodies for one model.
+
+    Attributes:
+        engine: it has a tokenizer; for its sizes.
+        name: the model's, as clients call it.
+        stop_token_ids: tokens that end a text.
+        template: for chats; None: the model has none.
+    """
+
+    engine: Engine
+    name: str
+    stop_token_ids: tuple[int, ...]
+    template: ChatTemplate | None
+
+    def completion(self, body: Any) -> Asked:
+        """Read a body of ``/v1/completions``.
+
+        Raises:
+            ApiError: it asks for what there is not.
+        """
+        own = {"prompt", "echo", *_UNSUPPORTED_IN_COMPLETIONS}
+        fields = self._fields(body, own, _UNSUPPORTED_IN_COMPLETIONS)
+        prompts = self._prompts(fields)
+        # OpenAI: the likeliest so many, and the chosen one besides.
+        fields.only("logprobs", (0,), "this server knows those of chosen tokens only: pass 0")
+        logprobs, echo = fields.get("logprobs") is not None, fields.flag("echo")
+        if logprobs and echo:
+            raise ApiError("echo and logprobs do not go together here", param="echo")
+        new = fields.integer("max_tokens", min(16, self.engine.longest - 1), 0, 2**31 - 1)
+        return Asked(
+            chat=False,
+            prompts=prompts,
+            echoes=[self._echo(prompt) if echo else "" for prompt in prompts],
+            options=self._options(fields, prompts, new),
+            logprobs=logprobs,
+            **self._streaming(fields),
+        )
+
+    def chat(self, body: Any) -> Asked:
+        """Read a body of ``/v1/chat/completions``.
+
+        Raises:
+            ApiError: it asks for what there is not.
+        """
+        own = {"messages", "max_completion_tokens", "chat_template_kwargs", *_UNSUPPORTED_IN_CHAT}
+        fields = self._fields(body, own, _UNSUPPORTED_IN_CHAT)
+        prompt = self._conversation(fields)
+        left = max(1, self.engine.longest - len(prompt))
+        new = fields.integer("max_tokens", left, 1, 2**31 - 1)
+        new = fields.integer("max_completion_tokens", new, 1, 2**31 - 1)
+        return Asked(
+            chat=True,
+            prompts=[prompt],
+            echoes=[""],
+            options=self._options(fields, [prompt], new),
+            logprobs=fields.flag("logprobs"),
+            **self._streaming(fields),
+        )
+
+    def _fields(
+        self, body: Any, own: set[str], unsupported: Mapping[str, tuple[tuple[Any, ...], str]]
+    ) -> Fields:
+        fields = Fields(body, _COMMON | own)
+        model = fields.text("model")
+        if model != self.name:
+            raise ApiError(
+                f"there is no model {model[:200]!r} here, only {self.name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        for name, (values, why) in unsupported.items():
+            fields.only(name, values, why)
+        return fields
+
+    def _options(self, fields: Fields, prompts: list[list[int]], new: int) -> RequestOptions:
+        """What goes to the engine, with ``new`` tokens for each completion."""
+        longest, limit = max(map(len, prompts)), self.engine.longest
+        if longest + new > limit:
+            raise ApiError(
+                f"this server takes at most {limit} tokens: {longest} of the prompt and {new} to "
+                f"be generated are {longest + new}; shorten the prompt, or max_tokens",
+                param="max_tokens" if longest < limit else "prompt",
+                code="context_length_exceeded",
+            )
+        samples = fields.integer("n", 1, 1, _MOST_SAMPLES)
+        places = self.engine.max_requests
+        if len(prompts) * samples > places:
+            raise ApiError(
+                f"{len(prompts)} prompts with n={samples} are {len(prompts) * samples} completions:"
+                f" this server has places for {places}",
+                param="n",
+            )
+        # Randomness that nobody asked to repeat.
+        seed = fields.integer("seed", secrets.randbits(32), -(2**63), 2**63 - 1) % 2**32
+        sampling = SamplingParams(
+            temperature=fields.number("temperature", 1.0, 0.0, 2.0),
+            top_p=fields.number("top_p", 1.0, 0.0, 1.0) or 1e-9,  # 0 is the likeliest token only
+            top_k=max(0, fields.integer("top_k", 0, -1, 2**31 - 1)),  # elsewhere -1 is all of them
+            min_p=fields.number("min_p", 0.0, 0.0, 1.0),
+            repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100.0),
+            seed=seed,
+        )
+        ends = () if fields.flag("ignore_eos") else self.stop_token_ids
+        return {
+            "max_new_tokens": new,
+            "sampling": sampling,
+            "num_samples": samples,
+            "stop_token_ids": [*ends, *fields.tokens("stop_token_ids")],
+            "stop": fields.texts("stop", _MOST_STOPS),
+            "priority": fields.integer("priority", 0, -(2**31), 2**31 - 1),
+        }
+
+    def _streaming(self, fields: Fields) -> dict[str, bool]:
+        stream = fields.flag("stream")
+        options = Fields(fields.mapping("stream_options"), {"include_usage", "include_obfuscation"})
+        if fields.get("stream_options") is not None and not stream:
+            raise ApiError("stream_options goes with stream only", param="stream_options")
+        return {"stream": stream, "usage": options.flag("include_usage")}
+
+    def _prompts(self, fields: Fields) -> list[list[int]]:
+        """A text, token ids, or a list of either."""
+        value = fields.get("prompt")
+        if isinstance(value, str) or (value and is_tokens(value)):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise fields.refuse("prompt", "a string, a list of token ids, or a list of these")
+        name = "the prompt" if len(value) == 1 else "prompt {}"
+        return [self._ids(name.format(i), prompt) for i, prompt in enumerate(value)]
+
+    def _ids(self, name: str, prompt: Any) -> list[int]:
+        try:
+            return prompt_ids(
+                name, prompt, self.engine.tokenizer, self.engine.model.config.vocab_size
+            )
+        except (TypeError, ValueError) as error:
+            raise ApiError(str(error), param="prompt") from None
+
+    def _echo(self, prompt: list[int]) -> str:
+        return self.engine.tokenizer.decode(prompt)  # type: ignore[union-attr]
+
+    def _conversation(self, fields: Fields) -> list[int]:
+        """The prompt that the messages make."""
+        messages = fields.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise fields.refuse("messages", "a list of messages")
+        read = [_message(i, one) for i, one in enumerate(messages)]
+        if self.template is None:
+            raise ApiError(
+                f"the model {self.name!r} has no chat template, so it takes no messages: use "
+                "/v1/completions, or start the server with --chat-template",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            text = self.template.render(read, fields.mapping("chat_template_kwargs"))
+            text.encode()  # half a character is none
+            # The template writes the special tokens itself.
+            ids = self.engine.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
+        except ValueError as error:
+            raise ApiError(str(error), param="messages") from None
+        return self._ids("the conversation", ids)
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    """``{"role", "content"}``, checked, with its content as one text."""
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise ApiError(f"{where} must be an object with a role and a content", param=where)
+    fields = Fields(message, {"role", "content", "name", "refusal", "tool_calls", "function_call"})
+    for name in ("tool_calls", "function_call"):
+        fields.only(name, ([],), _NO_TOOLS)
+    role, content = fields.get("role"), fields.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise ApiError(
+            f"{where}.role is {str(role)[:80]!r}: must be system, developer, user or assistant",
+            param=f"{where}.role",
+        )
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if any(part.get("type") != "text" for part in parts):
+            raise ApiError(f"{where}.content: parts of type text only", param=f"{where}.content")
+        content = "\n".join(str(part.get("text", "")) for part in parts)
+    if not isinstance(content, str):
+        raise ApiError(f"{where}.content must be a string", param=f"{where}.content")
+    role = "system" if role == "developer" else role  # the same by its older name
+    read = {"role": role, "content": content}
+    return read if fields.get("name") is None else {**read, "name": str(fields.get("name"))}

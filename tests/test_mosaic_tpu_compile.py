@@ -1,0 +1,153 @@
+"""The kernel compiled for TPUs that are not there: tiles, vector and scalar memory, the pool."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tpu_compiler
+from flax import nnx
+
+from paxattn import kv_cache, page_table
+from paxattn.attention import paged_attention
+from paxattn.models import Decoder, DecoderConfig
+from paxattn.ragged import ragged_batch
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(tpu_compiler.why_not() is not None, reason=str(tpu_compiler.why_not())),
+    pytest.mark.timeout(300),
+]
+
+L, N, R, M = 2, 1000, 64, 8192  # block tables of 2 MiB: more than scalar memory holds
+GENERATIONS = list(tpu_compiler.TOPOLOGIES)
+
+
+def op(
+    *, heads, head_dim, page_size, tokens=1, dtype=jnp.bfloat16, window=False, sinks=False, **static
+):
+    """The public op for batches of up to `tokens` new tokens per row, and its arguments."""
+    shape = jax.ShapeDtypeStruct
+    pages = shape((L, N, heads[1], page_size, head_dim), dtype)
+    given = dict(
+        q=shape((max(tokens, R), heads[0], head_dim), dtype),
+        k_pages=pages,
+        v_pages=pages,
+        block_tables=shape((R, M), jnp.int32),
+        kv_lens=shape((R,), jnp.int32),
+        cu_q_lens=shape((R + 1,), jnp.int32),
+        layer=shape((), jnp.int32),
+    )
+    if window:
+        given["sliding_window"] = shape((), jnp.int32)
+    if sinks:
+        given["sinks"] = shape((heads[0],), jnp.float32)
+    static |= dict(max_q_len=tokens, return_lse=True, implementation="mosaic_tpu")
+    return lambda given: paged_attention(**given, **static), (given,)
+
+
+FEW = {
+    "decode": dict(heads=(32, 8), head_dim=128, page_size=16),
+    "decode-d64": dict(heads=(8, 8), head_dim=64, page_size=128, window=True, soft_cap=50.0),
+    "verify-d256": dict(heads=(16, 1), head_dim=256, page_size=256, tokens=4, sinks=True),
+    "mixed": dict(heads=(32, 8), head_dim=128, page_size=16, tokens=128, window=True),
+}
+ALL = {
+    f"h{q}k{kv}-d{head_dim}-p{page_size}-t{tokens}-{dtype.__name__}": dict(
+        heads=(q, kv), head_dim=head_dim, page_size=page_size, tokens=tokens, dtype=dtype, **more
+    )
+    for (q, kv), head_dim, page_size, tokens, (dtype, more) in itertools.product(
+        ((32, 8), (32, 32), (5, 1), (14, 2), (16, 1)),
+        (64, 128, 256),
+        (16, 48, 128, 256),
+        (1, 4, 256),
+        (
+            (jnp.bfloat16, dict(window=True)),
+            (jnp.float32, dict(soft_cap=50.0, sinks=True)),
+        ),
+    )
+    if head_dim % 128 == 0 or page_size % 128 == 0
+}
+
+NUM_PAGES, PAGE_SIZE, ROWS, MAX_PAGES = 32_749, 16, 256, 8_191  # (primes: found again anywhere)
+LLAMA = dict(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32,
+    num_kv_heads=8, head_dim=128,
+)  # fmt: skip
+POOL = NUM_PAGES * LLAMA["num_kv_heads"] * PAGE_SIZE * LLAMA["head_dim"] * 2  # bytes of a layer's K
+
+
+def decode_step():
+    """Reserve, copy, write, attend, append and choose the likeliest token, for 256 rows."""
+
+    def run(pool, model, tokens, q_lens):
+        table, cache = pool
+        table, ok, copies = page_table.reserve(table, q_lens)
+        cache = kv_cache.copy_pages(cache, copies)
+        batch = ragged_batch(table, q_lens, num_tokens=ROWS, max_q_len=1, live=ok)
+        hidden, cache = model(tokens, batch, cache)
+        table, _ = page_table.append(table, jnp.where(ok, q_lens, 0))
+        return (table, cache), jnp.argmax(model.logits(hidden), axis=-1)
+
+    model = nnx.eval_shape(
+        lambda: Decoder(DecoderConfig(**LLAMA), rngs=nnx.Rngs(0), dtype=jnp.bfloat16, stacked=True)
+    )
+    pool = jax.eval_shape(
+        lambda: (
+            page_table.init_page_table(
+                num_pages=NUM_PAGES, page_size=PAGE_SIZE, max_seqs=ROWS, max_pages_per_seq=MAX_PAGES
+            ),
+            model.init_cache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=jnp.bfloat16),
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    return jax.jit(run, donate_argnums=0), (pool, model, tokens, tokens)
+
+
+def program(name):
+    """For the process that compiles: `(function, arguments)`."""
+    return decode_step() if name == "decode_step" else op(**(FEW | ALL)[name])
+
+
+def check_op(name, facts):
+    case = (FEW | ALL)[name]
+    assert set(facts["kernels"]) == {"paged_ragged"}
+    assert len(facts["kernels"]) == (2 if case.get("tokens", 1) > 64 else 1)
+    assert facts["temp"] < L * N * case["heads"][1] * case["page_size"] * case["head_dim"] * 2
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_few_shapes_compile(generation):
+    found = tpu_compiler.compile_programs("test_mosaic_tpu_compile", list(FEW), [generation])
+    assert [name for name, _ in found] == list(FEW)
+    for (name, _), facts in found.items():
+        check_op(name, facts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("first", range(0, len(ALL), 10))
+def test_all_shapes_compile(first, generation):
+    names = list(ALL)[first : first + 10]
+    found = tpu_compiler.compile_programs("test_mosaic_tpu_compile", names, [generation])
+    for (name, _), facts in found.items():
+        check_op(name, facts)
+
+
+# (the others have not the memory: 16 GB of weights, and a pool of 69)
+@pytest.mark.parametrize("generation", ["v5p", pytest.param("tpu7x", marks=pytest.mark.slow)])
+def test_a_decode_step_updates_the_pool_in_place_and_materialises_nothing_large(generation):
+    ((_, facts),) = tpu_compiler.compile_programs(
+        "test_mosaic_tpu_compile", ["decode_step"], [generation]
+    ).items()
+    assert facts["kernels"] == ["paged_ragged"]
+    assert facts["alias"] >= 2 * LLAMA["num_layers"] * POOL
+    assert facts["temp"] < POOL
+    # Nothing of [batch, max context] but the block tables, in whatever shape.
+    sizes = [math.prod(map(int, shape.split(","))) for shape in facts["shapes"]]
+    assert max(size for size in sizes if size % MAX_PAGES == 0) <= ROWS * MAX_PAGES
+    # The tiles are cut, but not in the loop over layers.
+    assert "plan_batch" in facts["scopes"]
+    assert "plan_batch" not in facts["looped"]
+    assert "attend_batch" in facts["looped"]
