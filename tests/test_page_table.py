@@ -737,8 +737,10 @@ def broken(table, **arrays):
 
 
 def test_utilization_of_more_tokens_than_an_int32_counts():
-    used = STEPS["utilization"](broken(filled(8, 0, 0, 0), kv_lens=[2**30] * R))
-    assert (int(used.tokens_stored), int(used.tokens_shared)) == (2**31 - 1, 2**31 - 1 - 8)
+    table = empty(page_size=256, max_seqs=2**11, max_pages_per_seq=2**12)
+    rows = dict(block_tables=np.zeros((2**11, 2**12)), kv_lens=[2**20] * 2**11)  # of one page
+    used = pt.utilization(broken(table, **rows))
+    assert (int(used.tokens_stored), int(used.tokens_shared)) == (2**31 - 1, 2**31 - 1 - 256)
     assert float(used.fraction) == 1
 
 
