@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.monitoring
@@ -484,7 +485,11 @@ def test_errors_name_the_request_and_the_figures(prompts, options, error, messag
 
 
 CHECKPOINT = Checkpoint(
-    model=MODEL, config=CONFIG, tokenizer=None, generation_config=GenerationConfig()
+    model=MODEL,
+    config=CONFIG,
+    tokenizer=None,
+    generation_config=GenerationConfig(),
+    directory=Path("somewhere"),
 )
 
 
