@@ -61,8 +61,8 @@ def test_without_sampling_options_the_checkpoint_says_how(monkeypatch, capfd, gi
 
 
 def test_generate_from_standard_input():
-    text = "def \u00e9(x):\nclass A:\n\n"
-    out = run("generate", "-n", "8", "--page-size", "8", stdin=text, PYTHONIOENCODING="ascii")
+    text = "def \u20ac(x):\nclass A:\n\n"
+    out = run("generate", "-n", "8", "--page-size", "8", stdin=text, PYTHONIOENCODING="latin-1")
     assert out.returncode == 0, out.stderr
     assert "=== 1: def ?(x):" in out.stdout
     assert "=== 2: class A:" in out.stdout

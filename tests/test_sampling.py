@@ -199,7 +199,7 @@ def test_extremes_stay_finite(scale, extreme):
     ],
 )
 def test_what_is_no_number_is_said(field, value):
-    wanted = r"must be (0 or )?an? (number|integer)"
+    wanted = r"must be (0 \(greedy\) or )?an? (positive number|number|integer)"
     with pytest.raises(TypeError, match=f"{field}={value!r} {wanted}"):
         SamplingParams(**{field: value}).validate()
 
@@ -207,19 +207,19 @@ def test_what_is_no_number_is_said(field, value):
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("temperature", -0.1, "0 or a number in 1.18e-38..8.51e"),
-        ("temperature", float("nan"), "0 or a number in"),
-        ("temperature", float("inf"), "0 or a number in"),
-        ("temperature", 1e-39, "0 or a number in"),
-        ("temperature", 1e38, "0 or a number in"),
+        ("temperature", -0.1, r"0 \(greedy\) or a positive number \(from 1.18e-38 to 8.51e"),
+        ("temperature", float("nan"), r"0 \(greedy\) or a positive number"),
+        ("temperature", float("inf"), r"0 \(greedy\) or a positive number"),
+        ("temperature", 1e-39, r"0 \(greedy\) or a positive number"),
+        ("temperature", 1e38, r"0 \(greedy\) or a positive number"),
         ("top_k", -1, r"an integer in 0\.\.2\*\*31-1"),
         ("top_k", 2**31, r"an integer in 0\.\.2\*\*31-1"),
         ("top_p", 0.0, r"a number in \(0, 1\]"),
         ("top_p", 1.1, r"a number in \(0, 1\]"),
         ("top_p", float("nan"), r"a number in \(0, 1\]"),
         ("min_p", 2.0, r"a number in \[0, 1\]"),
-        ("repetition_penalty", 0.0, "a number in 1.18e-38..8.51e"),
-        ("repetition_penalty", 1e39, "a number in"),
+        ("repetition_penalty", 0.0, r"a positive number \(from 1.18e-38 to 8.51e"),
+        ("repetition_penalty", 1e39, "a positive number"),
         ("seed", -1, r"an integer in 0\.\.2\*\*32-1"),
         ("seed", 2**32, r"an integer in 0\.\.2\*\*32-1"),
     ],
