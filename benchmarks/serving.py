@@ -1,21 +1,22 @@
 """Continuous batching in pages beside naive reservation, and beside Hugging Face transformers.
 
-    python benchmarks/serving.py [--only memory,latency,throughput]
+    python benchmarks/serving.py [--only promised,conversation,code,latency,throughput]
 
 All with the bundled checkpoint in float32, in the memory in which naive reservation of 2,048 tokens
 serves 4 requests at once. Requests are all there at the start; prompts are random tokens, nothing
 ends one before its length.
 
-memory: how many run at once, and how full their pages are, of three workloads: the promised one
-(responses of 500 tokens on average), and lengths drawn through the percentiles of the Azure 2023
-conversation and code traces (Patel et al., Splitwise, https://arxiv.org/abs/2311.18677), scaled to
-the model's 2,048 positions. Writes a picture too, where matplotlib is there.
+promised, conversation, code: how many run at once, and how full their pages are, of the promised
+workload (responses of 500 tokens on average), and of lengths drawn through the percentiles of the
+Azure 2023 conversation and code traces (Patel et al., Splitwise, https://arxiv.org/abs/2311.18677),
+scaled to the model's 2,048 positions. Naive reservation runs for as many steps as pages take for
+all. Writes pictures too, where matplotlib is there.
 
 latency: a step of a server with 8 requests that decode, beside a decode step over dense caches
 that reserve 2,048 tokens for each.
 
 throughput: static batches of 4, Hugging Face continuous batching (``generate_batch``'s manager,
-``paged|sdpa``, the same weights and pages; where torch is there), and this.
+``sdpa``, the same weights and pages; where torch is there), and this.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def new_engine(model: Any, lengths: Lengths, rows: int) -> Engine:
         num_pages=PAGES,
         page_size=PAGE,
         max_seqs=rows,
-        max_requests=max(len(lengths), rows),
+        max_requests=128,
         step_tokens=STEP_TOKENS,
         prefix_cache=False,  # what it keeps would count as held
     )
@@ -97,10 +99,10 @@ def look(state: ServeState) -> tuple[jax.Array, ...]:
     return running, unfinished - running, jnp.sum(table.kv_lens), held, state.use.num_steps
 
 
-def watch(served: Engine) -> dict[str, np.ndarray]:
-    """Run an engine to its end, looking after every block; columns over time."""
-    seen = []
-    while served.num_unfinished:
+def watch(served: Engine, steps: float = np.inf) -> dict[str, np.ndarray]:
+    """Run an engine to its end or for so many steps, looking after every block; by time."""
+    seen: list[list[float]] = []
+    while served.num_unfinished and not (seen and seen[-1][-1] >= steps):
         served.step()
         seen.append([time.perf_counter(), *jax.device_get(look(served._state))])
     columns = np.array(seen, float).T
@@ -110,45 +112,39 @@ def watch(served: Engine) -> dict[str, np.ndarray]:
     )
 
 
-def memory(model: Any, count: int) -> None:
-    workloads = {
-        "promised, mean response 500": promised(count),
-        **{f"Azure {trace}": azure(trace, count) for trace in AZURE},
+def memory(model: Any, name: str, lengths: Lengths) -> None:
+    """How many requests run at once while others wait."""
+    paged = new_engine(model, lengths, ROWS)
+    seen = {"pages": watch(paged)}
+    seen["naive"] = watch(new_engine(model, lengths, NAIVE), seen["pages"]["steps"][-1])
+    at_once = {}
+    for kind, one in seen.items():
+        steps = np.diff(one["steps"], prepend=0) * (one["waiting"] > 0)
+        if not steps.any():
+            raise RuntimeError(f"{len(lengths)} requests do not fill the memory: ask for more")
+        at_once[kind] = float(np.average(one["running"], weights=steps))
+        if kind == "naive":
+            naive_tokens = float(np.average(one["tokens"], weights=steps))
+    use = jax.device_get(paged._state.use)
+    row = {
+        "workload": name,
+        "requests": len(lengths),
+        "mean_prompt": float(np.mean([prompt for prompt, _ in lengths])),
+        "mean_response": float(np.mean([new for _, new in lengths])),
+        "naive_at_once": at_once["naive"],
+        "pages_at_once": at_once["pages"],
+        "times_as_many": at_once["pages"] / at_once["naive"],
+        "naive_utilization": naive_tokens / (NAIVE * POSITIONS),
+        "utilization": float(use.token_steps / (use.page_steps * PAGE)),
+        "preemptions": int(paged._state.preemptions),
     }
-    rows, over_time = [], {}
-    for name, lengths in workloads.items():
-        seen = {"naive": watch(new_engine(model, lengths, NAIVE))}
-        paged = new_engine(model, lengths, ROWS)
-        seen["pages"] = watch(paged)
-        over_time[name] = seen
-        # While some wait: what runs then is what fits.
-        busy = {kind: one["waiting"] > 0 for kind, one in seen.items()}
-        if not all(mask.any() for mask in busy.values()):
-            raise RuntimeError(f"{count} requests do not fill the memory: ask for more --requests")
-        at_once = {kind: one["running"][busy[kind]].mean() for kind, one in seen.items()}
-        use = jax.device_get(paged._state.use)
-        naive_tokens = seen["naive"]["tokens"][busy["naive"]].mean()
-        rows.append(
-            {
-                "workload": name,
-                "requests": len(lengths),
-                "mean_prompt": float(np.mean([prompt for prompt, _ in lengths])),
-                "mean_response": float(np.mean([new for _, new in lengths])),
-                "naive_at_once": float(at_once["naive"]),
-                "pages_at_once": float(at_once["pages"]),
-                "times_as_many": float(at_once["pages"] / at_once["naive"]),
-                "naive_utilization": float(naive_tokens / (NAIVE * POSITIONS)),
-                "utilization": float(use.token_steps / (use.page_steps * PAGE)),
-                "preemptions": int(paged._state.preemptions),
-            }
-        )
-    show(f"requests at once in the memory of {NAIVE} x {POSITIONS} tokens", rows)
-    save("serving_memory", rows)
-    draw(over_time)
+    show(f"requests at once in the memory of {NAIVE} x {POSITIONS} tokens", [row])
+    save(f"serving_{name}", [row])
+    draw(name, seen)
 
 
-def draw(over_time: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
-    """The picture: a column per workload; against steps, which are alike on every machine."""
+def draw(name: str, seen: dict[str, dict[str, np.ndarray]]) -> None:
+    """The picture: against steps, which are alike on every machine."""
     try:
         import matplotlib
     except ImportError:
@@ -157,28 +153,20 @@ def draw(over_time: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        3, len(over_time), figsize=(4 * len(over_time), 7), sharex="col", squeeze=False
-    )
-    for column, (name, kinds) in zip(axes.T, over_time.items(), strict=True):
-        for kind, seen in kinds.items():
-            slots = NAIVE * POSITIONS if kind == "naive" else np.maximum(seen["pages"] * PAGE, 1)
-            shown = (100 * seen["tokens"] / slots, seen["running"], seen["waiting"])
-            for axis, values in zip(column, shown, strict=True):
-                axis.plot(seen["steps"], values, label=kind)
-        column[0].set_title(name)
-        column[-1].set_xlabel("step")
-    for axis, label in zip(
-        axes[:, 0],
-        ("% of reserved slots filled", "requests running", "requests waiting"),
-        strict=True,
-    ):
-        axis.set_ylabel(label)
-    axes[0, 0].legend()
+    labels = ("% of reserved slots filled", "requests running", "requests waiting")
+    figure, axes = pyplot.subplots(3, figsize=(6, 7), sharex=True)
+    for kind, one in seen.items():
+        held = np.where(one["pages"] > 0, one["pages"] * PAGE, np.nan)
+        slots = NAIVE * POSITIONS if kind == "naive" else held
+        shown = (100 * one["tokens"] / slots, one["running"], one["waiting"])
+        for axis, values, label in zip(axes, shown, labels, strict=True):
+            axis.plot(one["steps"], values, label=kind)
+            axis.set_ylabel(label)
+    axes[0].set_title(f"{name}: naive reservation and pages in the same memory")
+    axes[0].legend()
+    axes[-1].set_xlabel("step")
     figure.tight_layout()
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "serving.png", dpi=110)
-    print(f"wrote {RESULTS / 'serving.png'}")
+    figure.savefig(RESULTS / f"serving_{name}.png", dpi=90)
 
 
 def latency(model: Any, rounds: int) -> None:
@@ -237,9 +225,9 @@ def run_static(model: Any, lengths: Lengths) -> float:
     return time.perf_counter() - began
 
 
-def run_here(model: Any, lengths: Lengths) -> tuple[float, float]:
+def run_here(model: Any, lengths: Lengths, rows: int) -> tuple[float, float]:
     """Seconds, and how many of them the device loop ran."""
-    served, inside = new_engine(model, lengths, ROWS), 0.0
+    served, inside = new_engine(model, lengths, rows), 0.0
     whole = engine._serve
 
     def measured(*args: Any, **options: Any) -> ServeState:
@@ -269,7 +257,7 @@ def transformers_server(path: Path) -> Callable[[Lengths], float] | None:
         print(f"skipped Hugging Face continuous batching: {error}")
         return None
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model.set_attn_implementation("paged|sdpa")
+    model.set_attn_implementation("sdpa")
 
     def run(lengths: Lengths) -> float:
         manager = model.init_continuous_batching(
@@ -300,53 +288,53 @@ def transformers_server(path: Path) -> Callable[[Lengths], float] | None:
     return run
 
 
-def throughput(model: Any, path: Path, count: int, rounds: int) -> None:
+def throughput(model: Any, path: Path, count: int) -> None:
+    """Each once, after a few requests of the same shapes to compile (or warm up)."""
     lengths = promised(count)
     tokens = sum(new for _, new in lengths)
-    here: list[tuple[float, float]] = []
-
-    def run_engine() -> float:
-        here.append(run_here(model, lengths))
-        return here[-1][0]
-
-    sides = {
-        "pages, continuous batching": run_engine,
-        f"reserved, static batches of {NAIVE}": lambda: run_static(model, lengths),
+    sides: dict[str, Callable[[Lengths], tuple[float, float | None]]] = {
+        "pages, continuous batching": lambda lengths: run_here(model, lengths, min(count, ROWS)),
+        f"reserved, static batches of {NAIVE}": lambda lengths: (run_static(model, lengths), None),
     }
     theirs = transformers_server(path)
     if theirs is not None:
-        sides["transformers, continuous batching"] = lambda: theirs(lengths)
-    seconds = interleaved(sides, rounds)
-    ours = seconds["pages, continuous batching"]["min"]
-    total, inside = min(here)
-    rows = [
-        {
-            "what": name,
-            "requests": count,
-            "tokens_per_s": tokens / took["min"],
-            "paxattn_is_faster_by": took["min"] / ours,
-            "outside_device_loop": 1 - inside / total if took["min"] == ours else None,
-        }
-        for name, took in seconds.items()
-    ]
+        sides["transformers, continuous batching"] = lambda lengths: (theirs(lengths), None)
+    seconds, rows = {}, []
+    for name, run in sides.items():
+        run(lengths[:NAIVE])
+        seconds[name], inside = run(lengths)
+        print(f"{name}: {seconds[name]:.1f} s")
+        rows.append(
+            {
+                "what": name,
+                "requests": count,
+                "tokens_per_s": tokens / seconds[name],
+                "paxattn_is_faster_by": seconds[name] / seconds["pages, continuous batching"],
+                "outside_device_loop": None if inside is None else 1 - inside / seconds[name],
+            }
+        )
     show(f"throughput, responses of {tokens / count:.0f} tokens on average", rows)
     save("serving_throughput", rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="memory,latency,throughput")
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2, help="of throughput")
+    parser.add_argument("--only", default="promised,conversation,code,latency,throughput")
+    parser.add_argument("--requests", type=int, default=40)
     args = parser.parse_args()
     path = bundled()
     model = load(path, dtype="float32").model
-    if "memory" in args.only:
-        memory(model, args.requests)
-    if "latency" in args.only:
-        latency(model, 10)
-    if "throughput" in args.only:
-        throughput(model, Path(path), args.requests // 2, args.rounds)
+    parts: dict[str, Callable[[], None]] = {
+        "promised": lambda: memory(model, "promised", promised(args.requests)),
+        **{
+            trace: partial(memory, model, trace, azure(trace, args.requests * 3 // 5))
+            for trace in AZURE
+        },
+        "latency": lambda: latency(model, 10),
+        "throughput": lambda: throughput(model, Path(path), args.requests // 3),
+    }
+    for name in args.only.split(","):
+        parts[name]()
 
 
 if __name__ == "__main__":

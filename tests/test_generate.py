@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import jax.monitoring
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from paxattn import loops, page_table
 from paxattn.generate import generate, stream
 from paxattn.kv_cache import KVCache
-from paxattn.models import Decoder, DecoderConfig
+from paxattn.models import Checkpoint, Decoder, DecoderConfig
+from paxattn.models.checkpoint import GenerationConfig
 from paxattn.ngram import NGram
 from paxattn.requests import prepare_requests
 from paxattn.sampling import SamplingParams
@@ -483,7 +484,13 @@ def test_errors_name_the_request_and_the_figures(prompts, options, error, messag
         list(stream(MODEL, prompts, **options))
 
 
-CHECKPOINT = SimpleNamespace(model=MODEL, config=CONFIG)  # like a `Checkpoint`
+CHECKPOINT = Checkpoint(
+    model=MODEL,
+    config=CONFIG,
+    tokenizer=None,
+    generation_config=GenerationConfig(),
+    directory=Path("somewhere"),
+)
 
 
 @pytest.mark.parametrize("model", [CHECKPOINT, None, nnx.Linear(2, 2, rngs=nnx.Rngs(0))])

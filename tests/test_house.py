@@ -77,8 +77,25 @@ def test_imports_run_in_one_direction(path):
     assert not later, f"{path.relative_to(ROOT)} imports {later}, which come after it"
 
 
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.stem
+)
+def test_documentation_runs(page):
+    """The blocks of a page are one program."""
+    program = "\n".join(blocks(page.read_text(), "python"))
+    exec(compile(program, str(page), "exec"), {})
+
+
 def readme_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    return blocks((ROOT / "README.md").read_text(), language)
 
 
 @pytest.mark.parametrize("index", range(len(readme_blocks("python"))))

@@ -29,10 +29,16 @@ def new_tokens(seed=0):
     return (jnp.asarray(rng.normal(size=(T, H, D)), jnp.float32) for _ in range(2))
 
 
-def test_write_puts_tokens_at_their_slots_and_nowhere_else():
+@pytest.mark.parametrize("branch", ["default", "tpu"])
+def test_write_puts_tokens_at_their_slots_and_nowhere_else(branch, monkeypatch):
+    """In either of its forms, whatever this machine is."""
+    monkeypatch.setattr(
+        kv_cache.lax, "platform_dependent", lambda *args, **branches: branches[branch](*args)
+    )
     k, v = new_tokens()
     slots = jnp.array([1, N * P, 23, -1, 8], jnp.int32)
-    cache = jax.jit(kv_cache.write)(filled(7.0), jnp.int32(1), slots, k, v)
+    write = jax.jit(lambda *args: kv_cache.write(*args))
+    cache = write(filled(7.0), jnp.int32(1), slots, k, v)
     expected_k, expected_v = np.full((L, N, H, P, D), 7.0), np.full((L, N, H, P, D), -7.0)
     for token in (0, 2, 4):
         page, offset = divmod(int(slots[token]), P)

@@ -51,6 +51,12 @@ def put_together(deltas):
     return found
 
 
+def assert_same(found, expected):
+    for i, (tokens, logprobs, text, reason) in expected.items():
+        assert (found[i][0], found[i][2:]) == (tokens, (text, reason))
+        np.testing.assert_allclose(found[i][1], logprobs, atol=1e-5)
+
+
 def run_until_one_has_ended(engine):
     news = []
     while not any(delta.finish_reason for delta in news):
@@ -99,9 +105,7 @@ def test_another_engine_goes_on(undisturbed, tmp_path):
     assert put_together(run_out(other)) == put_together(expected)
     assert serving.checked(other._state, PAGES) == 0
     found = put_together([*told, *expected])
-    assert {i: one for i, one in found.items() if i != aborted} == {
-        i: one for i, one in undisturbed.items() if i != aborted
-    }
+    assert_same(found, {i: one for i, one in undisturbed.items() if i != aborted})
     other.add_request([1], max_new_tokens=1)
     with pytest.raises(RuntimeError, match="1 requests are not finished"):
         other.restore(path)
@@ -141,10 +145,7 @@ def test_a_server_that_was_killed_goes_on_in_another_process(undisturbed, tmp_pa
     told = killed(f"serve_until_killed({str(path)!r})")
     engine = new_engine()
     assert engine.restore(path)
-    found = put_together(told + run_out(engine))
-    for i, (tokens, logprobs, text, reason) in undisturbed.items():
-        assert (found[i][0], found[i][2:]) == (tokens, (text, reason))
-        np.testing.assert_allclose(found[i][1], logprobs, atol=1e-5)
+    assert_same(put_together(told + run_out(engine)), undisturbed)
     assert serving.checked(engine._state, PAGES) == 0
 
 

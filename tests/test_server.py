@@ -549,7 +549,7 @@ def test_a_process_under_load(tmp_path):
             base_url=f"{base}/v1", api_key="-", http_client=http, max_retries=0
         )
         async with client:
-            for _ in range(6):
+            for _ in range(5):
                 streams = [stream(client, g) for g in range(groups) for _ in range(copies)]
                 others = [leave(client, i) for i in range(40)]
                 others += [nonsense(client, i) for i in range(12)]
@@ -562,7 +562,7 @@ def test_a_process_under_load(tmp_path):
             assert len(set(known.values())) > groups * 0.8  # they can be told apart
             found = await metrics(client, base)
             assert found["paxattn_requests_waiting", None] == 0
-            assert found["paxattn_generated_tokens_total", None] > 6 * groups * copies
+            assert found["paxattn_generated_tokens_total", None] > 5 * groups * copies
             # It ends when it is asked to, with the stream that is there.
             last = asyncio.create_task(stream(client, 1))
             await asyncio.sleep(0.05)

@@ -181,6 +181,8 @@ def serve(
             access_log=False,
             ws="none",
             lifespan="on",
+            # Longer than clients and proxies keep a connection, or they would use one that closes.
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=grace,
         )
         # uvicorn handles both signals, and raises them again when all is done.

@@ -114,9 +114,8 @@ def wanted_pages(state: ServeState, request: jax.Array) -> jax.Array:
     )
     full = jnp.arange(found.pages.size) < found.num_full
     holders = table.ref_counts.at[found.pages].get(mode="fill", fill_value=0)
-    return jnp.minimum(
-        pages - jnp.sum(full & (holders > 1), dtype=jnp.int32), state.most_pages(tokens)
-    )
+    shared = jnp.sum(full & (holders > 1), dtype=jnp.int32)
+    return jnp.minimum(pages - shared, state.most_pages(tokens))
 
 
 def better_later(state: ServeState, request: jax.Array) -> jax.Array:
