@@ -569,7 +569,8 @@ def test_a_process_under_load(tmp_path):
             running.send_signal(signal.SIGTERM)
             assert (await last)[1] == known[1]
         print([f"{one / 2**20:.0f} MiB" for one in used])
-        assert used[-1] < 1.02 * used[1]  # the first round may allocate
+        # The first round allocates. Each one sends 20 MB that are refused: kept, they would add up.
+        assert used[-1] - used[1] < 2**26
 
     with process(tmp_path, "--max-requests", "512") as (base, running):
         asyncio.run(main(base, running))
