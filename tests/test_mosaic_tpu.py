@@ -213,6 +213,13 @@ def test_a_missing_page_is_hidden_not_replaced():
     np.testing.assert_allclose(lse, want[1], atol=1e-4)
 
 
+@pytest.mark.kernels
+def test_pages_behind_the_window_may_be_missing():
+    case = Case(q_lens=(1, 20), kv_lens=(150, 190), **BF16, heads=(2, 1), head_dim=128, window=40)
+    inputs = cases.make(case)
+    check(inputs, run(cases.poison(cases.leave_behind(inputs))))
+
+
 def test_no_gradient():
     inputs = cases.make(Case(q_lens=(1,), kv_lens=(5,), **BF16, head_dim=128))
 

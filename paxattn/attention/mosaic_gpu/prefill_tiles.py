@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from paxattn.attention.extent import readable
 from paxattn.attention.mosaic_gpu.prefill_config import TILE
 
 _L2_BYTES = 32 * 2**20  # of keys and values that tiles in flight may share; an H200 has 50 MiB
@@ -85,27 +86,6 @@ def max_tiles(*, num_tokens: int, num_rows: int, group: int, min_packed: int) ->
     return -(-packed // TILE) + min(num_rows, packed // max(min_packed, 1))
 
 
-def readable(
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    seen_from: jax.Array,
-    *,
-    num_pages: int,
-    page_size: int,
-) -> jax.Array:
-    """How many of each row's tokens lie in pages: i32[R].
-
-    `kv_lens`, unless the table has a hole (a sentinel, or another number that is no page) before
-    that: then what follows the hole is hidden, for the kernel would read somebody else's page.
-    Pages before the one of token `seen_from` i32[R] are not read: they may be missing.
-    """
-    first = jnp.arange(block_tables.shape[1], dtype=jnp.int32) * page_size
-    hole = ((block_tables < 0) | (block_tables >= num_pages)) & (first < kv_lens[:, None])
-    hole &= first + page_size > seen_from[:, None]
-    until = jnp.where(hole, first, block_tables.shape[1] * page_size).min(axis=1)
-    return jnp.minimum(kv_lens, until)
-
-
 def cut(
     *,
     block_tables: jax.Array,
@@ -145,10 +125,9 @@ def cut(
     num_rows = kv_lens.shape[0]
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     history = kv_lens - q_lens
-    reach = jnp.zeros_like(history)
-    if window is not None:
-        reach = jnp.where(window > 0, jnp.maximum(history - window + 1, 0), 0)
-    stored = readable(block_tables, kv_lens, reach, num_pages=num_pages, page_size=page_size)
+    stored = readable(
+        block_tables, kv_lens, history, window, num_pages=num_pages, page_size=page_size
+    )
     chosen = chosen & (stored > 0) & (q_lens > 0)
     counts = jnp.where(chosen, (q_lens * group + (TILE - 1)) // TILE, 0)
     ends = jnp.cumsum(counts)

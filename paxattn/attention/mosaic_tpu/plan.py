@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.attention.checks import Request
+from paxattn.attention.extent import readable
 from paxattn.attention.mosaic_tpu.config import LANES, Config
 from paxattn.page_table import token_rows
 
@@ -94,9 +95,11 @@ def plan_batch(
         The plan.
     """
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    history = kv_lens - q_lens
+    sizes = dict(num_pages=request.num_pages, page_size=request.page_size)
     rows: dict[str, Any] = dict(
-        stored=_readable(block_tables, kv_lens, request),
-        first=kv_lens - q_lens,
+        stored=readable(block_tables, kv_lens, history, sliding_window, **sizes),
+        first=history,
         q_lens=q_lens,
         cu_q_lens=cu_q_lens,
         window=sliding_window,
@@ -113,20 +116,6 @@ def plan_batch(
     page_ids = jnp.pad(block_tables, ((0, 0), (0, padding)))
     page_ids = page_ids.reshape(request.num_rows, -1, 1, LANES)
     return Plan(page_ids=page_ids, launches=tuple(launches))
-
-
-def _readable(block_tables: jax.Array, kv_lens: jax.Array, request: Request) -> jax.Array:
-    """How many of each row's tokens lie in pages, i32[R]: what follows a hole is hidden.
-
-    A hole is a sentinel, or another number that is no page, among the entries of stored tokens:
-    the kernel must not read somebody else's page in its place.
-    """
-    page_size = request.page_size
-    first = jnp.arange(request.max_pages_per_seq, dtype=jnp.int32) * page_size
-    hole = (block_tables < 0) | (block_tables >= request.num_pages)
-    end = request.max_pages_per_seq * page_size
-    until = jnp.where(hole & (first < kv_lens[:, None]), first, end).min(axis=1)
-    return jnp.minimum(kv_lens, until)
 
 
 def _cut(
