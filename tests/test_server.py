@@ -330,7 +330,7 @@ BAD = [
     ({**PROMPT, "temperature": "hot"}, 400, "temperature", None, "must be a number"),
     ({**PROMPT, "temperature": 2.5}, 400, "temperature", None, "from 0 to 2"),
     ({**PROMPT, "temperature": float("nan")}, 400, "temperature", None, "from 0 to 2"),
-    ({**PROMPT, "temperature": 1e-300}, 400, None, None, "must be 0 or a number in"),
+    ({**PROMPT, "temperature": 1e-300}, 400, None, None, "must be 0 (greedy) or a positive number"),
     ({**PROMPT, "max_tokens": 1.5}, 400, "max_tokens", None, "an integer"),
     ({**PROMPT, "max_tokens": True}, 400, "max_tokens", None, "an integer"),
     ({**PROMPT, "max_tokens": -1}, 400, "max_tokens", None, "an integer from 0"),
