@@ -11,25 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import tiny_config
 
 from paxattn import DraftModel, KeptPool, NGram, generate, loops, page_table, prefix_cache, stream
 from paxattn.kv_cache import KVCache
-from paxattn.models import Decoder, DecoderConfig
+from paxattn.models import Decoder
 from paxattn.packing import shared_beginnings
 from paxattn.prefix_cache.chains import prefix_hashes
 from paxattn.sampling import SamplingParams
 
 V, P, PAGES = 257, 4, 64
-CONFIG = DecoderConfig(
-    vocab_size=V,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=80,
-)
+CONFIG = tiny_config(vocab_size=V, max_positions=80)
 MODEL = Decoder(CONFIG, rngs=nnx.Rngs(0))
 RNG = np.random.default_rng(0)
 

@@ -13,10 +13,11 @@ import time
 
 import pytest
 from flax import nnx
+from tiny import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from paxattn import cli
-from paxattn.models import CheckpointError, Decoder, DecoderConfig
+from paxattn.models import CheckpointError, Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.serving import AsyncEngine, Engine, NotServing, QueueFull
 
@@ -30,16 +31,7 @@ ROLES = ["user", "assistant", "system"]
 WORDS = [f"w{i:03}" for i in range(V - 3)] + ROLES
 TOKENIZER = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w000"))
 TOKENIZER.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-CONFIG = DecoderConfig(
-    vocab_size=V,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=LONGEST,
-)
+CONFIG = tiny_config(vocab_size=V, max_positions=LONGEST)
 ENGINE = Engine(
     Decoder(CONFIG, rngs=nnx.Rngs(0)),
     num_pages=48,

@@ -8,28 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import tiny_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from paxattn import generate, page_table, prefix_cache
 from paxattn.decode_step import Status
-from paxattn.models import Decoder, DecoderConfig
+from paxattn.models import Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.serving import Engine, QueueFull, engine, init_serve, new_request
 from paxattn.serving.pace import Pace
 from paxattn.serving.stats import Meter
 
 V, P, PAGES, ROWS, PLACES, LONGEST = 257, 4, 32, 4, 12, 32
-CONFIG = DecoderConfig(
-    vocab_size=V,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=LONGEST,
-)
+CONFIG = tiny_config(vocab_size=V, max_positions=LONGEST)
 MODEL = Decoder(CONFIG, rngs=nnx.Rngs(0))
 # One set of shapes for all tests: twelve prompts of these lengths, at most 16 new tokens each.
 LENS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 16]

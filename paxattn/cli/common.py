@@ -16,6 +16,26 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from paxattn.display import Output
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def not_empty(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """An option's callback that refuses the empty string."""
+    if value == "":
+        raise click.BadParameter("is empty", context, option)
+    return value
+
+
+model_option = click.option(
+    "--model",
+    "-m",
+    callback=not_empty,
+    help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
+)
 page_size_option = click.option(
     "--page-size",
     type=click.IntRange(1, 256),
@@ -33,13 +53,6 @@ def devices() -> list[jax.Device]:
         asked = os.environ.get("JAX_PLATFORMS")
         why = str(error) or f"none of JAX_PLATFORMS={asked}; unset it to use what is there"
         raise click.ClickException(f"JAX found no device: {why}") from None
-
-
-def not_empty(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """An option's callback that refuses the empty string."""
-    if value == "":
-        raise click.BadParameter("is empty", context, option)
-    return value
 
 
 def fields(values: Mapping[str, Any]) -> str:

@@ -10,9 +10,10 @@ import jax
 
 import paxattn
 from paxattn.cli.common import (
-    DTYPES,
     devices,
+    dtype_option,
     loading,
+    model_option,
     not_empty,
     page_size_option,
     use_compilation_cache,
@@ -42,12 +43,7 @@ from paxattn.speculative import DraftModel, NGram
     type=click.File("r", encoding="utf-8-sig"),
     help="One prompt per line; - for standard input (the default without --prompt).",
 )
-@click.option(
-    "--model",
-    "-m",
-    callback=not_empty,
-    help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
-)
+@model_option
 @click.option(
     "--max-new-tokens",
     "-n",
@@ -129,11 +125,7 @@ from paxattn.speculative import DraftModel, NGram
 )
 @click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
-)
+@dtype_option
 @page_size_option
 @click.option(
     "--num-pages", type=click.IntRange(1), help="Pages in the pool.  [default: enough for all]"

@@ -12,9 +12,10 @@ import click
 import jax
 
 from paxattn.cli.common import (
-    DTYPES,
     devices,
+    dtype_option,
     loading,
+    model_option,
     not_empty,
     page_size_option,
     use_compilation_cache,
@@ -36,12 +37,7 @@ _OF_A_DEVICE = 0.85  # of the memory that the weights leave; the rest is for wha
       paxattn serve --model DIR --name my-model --memory 20GiB --host 0.0.0.0
     """
 )
-@click.option(
-    "--model",
-    "-m",
-    callback=not_empty,
-    help="Checkpoint directory or hub id.  [default: the small bundled model of Python code]",
-)
+@model_option
 @click.option(
     "--name", callback=not_empty, help="The model's, for clients.  [default: the directory's]"
 )
@@ -105,11 +101,7 @@ _OF_A_DEVICE = 0.85  # of the memory that the weights leave; the rest is for wha
     show_default=True,
     help="Seconds that running requests have to end after SIGTERM or Ctrl-C.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
-)
+@dtype_option
 def serve(
     model: str | None,
     name: str | None,
