@@ -979,31 +979,42 @@ def test_table_is_a_pytree_with_a_static_page_size():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA's CPU back end made")
-def test_no_step_copies_the_pool():
+def decode(_, table):
+    table, ok, _ = pt.reserve(table, jnp.ones((R,), jnp.int32), max_new_tokens=1)
+    return pt.append(table, ok.astype(jnp.int32))[0]
+
+
+def every_step(_, table):
+    none = jnp.minimum(table.num_free, 0) + jnp.zeros((R,), jnp.int32)  # 0, but unknown to XLA
+    table, ok, _ = pt.reserve(table, none)
+    table, fine = pt.append(table, none)
+    table = pt.retain(table, none, none > 0)
+    table = pt.drop(table, none, ok & fine)
+    table, _ = pt.append(table, none)
+    table = pt.release(table, none > 0)
+    table, _ = pt.truncate(table, none - 1)
+    table = pt.discard(table, none)
+    table, _ = pt.fork(table, none - 1, none)
+    table, _ = pt.adopt(table, none[0], none, none[0] - 1)
+    return pt.reorder(table, none, none > 0)
+
+
+@pytest.mark.parametrize("times", [8, None], ids=["static", "data"])
+@pytest.mark.parametrize("step", [decode, every_step])
+def test_no_step_copies_the_pool(step, times):
     """In a loop that carries a donated table, nothing as large as the pool or the rows is copied.
 
-    XLA copies an array when it cannot prove that all reads of it come before a write.
+    XLA copies an array when it cannot prove that all reads of it come before a write; how often
+    the loop turns may be known to it or not.
     """
     pages = 2**20
-
-    def step(_, table):
-        none = jnp.minimum(table.num_free, 0) + jnp.zeros((R,), jnp.int32)  # 0, but unknown to XLA
-        table, ok, _ = pt.reserve(table, none)
-        table, fine = pt.append(table, none)
-        table = pt.retain(table, none, none > 0)
-        table = pt.drop(table, none, ok & fine)
-        table, _ = pt.append(table, none)
-        table = pt.release(table, none > 0)
-        table, _ = pt.truncate(table, none - 1)
-        table = pt.discard(table, none)
-        table, _ = pt.fork(table, none - 1, none)
-        table, _ = pt.adopt(table, none[0], none, none[0] - 1)
-        return pt.reorder(table, none, none > 0)
-
     table = jax.eval_shape(lambda: empty(num_pages=pages, max_pages_per_seq=64))
-    loop = jax.jit(lambda table: lax.fori_loop(0, 8, step, table), donate_argnums=0)
-    program = loop.lower(table).compile().as_text()
-    assert "conditional(" in program
+
+    def loop(table, bound):
+        return lax.fori_loop(0, bound if times is None else times, step, table)
+
+    program = jax.jit(loop, donate_argnums=0).lower(table, np.int32(8)).compile().as_text()
+    assert "while(" in program
     copies = [x for x in program.splitlines() if " copy(" in x and x.split()[2].startswith("s32[")]
     large = [x for x in copies if f"s32[{pages}]" in x or f"s32[{R},64]" in x]
     assert not large

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -70,9 +73,9 @@ def give_up(
     of the pool's size: the mentions of an emptied page settle which of them pushes it by a
     scatter-max into the page's own count, which is 0 afterwards anyway.
 
-    The branches skip work, but they also order reads of `ref_counts` before the writes that
-    follow: what enters a branch is computed once, before it. Otherwise XLA may fuse a read into
-    several later users, find the old array still alive at the write, and copy the pool.
+    `when` skips work, but it also orders reads of `ref_counts` before the writes that follow: what
+    a loop starts with is computed once, before it. Otherwise XLA may fuse a read into several
+    later users, find the old array still alive at the write, and copy the pool.
     """
     num_pages = ref_counts.size
     if pages.size == 0:
@@ -99,10 +102,19 @@ def give_up(
             )
 
         state = (ref_counts, free_pages, num_free)
-        return lax.cond(jnp.any(emptied < num_pages), push, lambda *s: s, *state)
+        return when(jnp.any(emptied < num_pages), push, *state)
 
     state = (ref_counts, free_pages, num_free)
-    return lax.cond(jnp.any(held < num_pages), lose, lambda *s: s, *state)
+    return when(jnp.any(held < num_pages), lose, *state)
+
+
+def when(wanted: Array, step: Callable[..., tuple[Array, ...]], *state: Array) -> Any:
+    """`step(*state)` if it is wanted, bool[], else the state as it is: in place.
+
+    A loop of one turn at most. `lax.cond` would say the same, but in a loop whose bound is data,
+    jax 0.10 copies what goes through its branches, the pool's arrays, in every turn.
+    """
+    return lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, state: step(*state), state)
 
 
 def varying_like(x: Array, *others: Array) -> Array:
@@ -117,7 +129,7 @@ def varying_like(x: Array, *others: Array) -> Array:
 
 
 def leaves(table: PageTable, *others: Array) -> tuple[Array, ...]:
-    """The arrays of a table, as operands for `lax.cond`: varying as any of them or the others."""
+    """The arrays of a table, as operands for `when`: varying as any of them or the others."""
     arrays = (
         table.block_tables,
         table.kv_lens,

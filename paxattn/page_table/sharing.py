@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from paxattn.page_table.inputs import as_integers, as_mask
@@ -16,6 +16,7 @@ from paxattn.page_table.pages import (
     leaves,
     pages_for,
     pages_of,
+    when,
     with_leaves,
 )
 from paxattn.page_table.state import PageTable
@@ -66,14 +67,8 @@ def fork(table: PageTable, src: ArrayLike, dst: ArrayLike) -> tuple[PageTable, A
             ref_counts.at[pages].add(1, mode="drop"),
         )
 
-    block_tables, kv_lens, ref_counts = lax.cond(
-        jnp.any(lens > 0),
-        share,
-        lambda *state: state,
-        table.block_tables,
-        table.kv_lens,
-        table.ref_counts,
-    )
+    state = (table.block_tables, table.kv_lens, table.ref_counts)
+    block_tables, kv_lens, ref_counts = when(jnp.any(lens > 0), share, *state)
     return replace(table, block_tables=block_tables, kv_lens=kv_lens, ref_counts=ref_counts), ok
 
 
@@ -113,8 +108,7 @@ def reorder(table: PageTable, parents: ArrayLike, mask: ArrayLike) -> PageTable:
             *pools,
         )
 
-    state = leaves(table, moves)
-    return with_leaves(table, lax.cond(jnp.any(moves), move, lambda *s: s, *state))
+    return with_leaves(table, when(jnp.any(moves), move, *leaves(table, moves)))
 
 
 def adopt(
@@ -165,7 +159,7 @@ def adopt(
         )
 
     state = (table.block_tables, table.kv_lens, table.ref_counts)
-    block_tables, kv_lens, ref_counts = lax.cond(ok, start, lambda *s: s, *state)
+    block_tables, kv_lens, ref_counts = when(ok, start, *state)
     table = replace(table, block_tables=block_tables, kv_lens=kv_lens, ref_counts=ref_counts)
     return table, ok
 

@@ -16,6 +16,7 @@ from paxattn.page_table.pages import (
     pages_for,
     read_entries,
     running_sum,
+    when,
     with_leaves,
 )
 from paxattn.page_table.state import INT32_MAX, PageCopies, PageTable
@@ -122,7 +123,7 @@ def take_pages(
     running = running_sum(wanted.reshape(-1).astype(jnp.int32)).reshape(wanted.shape)
 
     def take(
-        block_tables: Array, ref_counts: Array, free_pages: Array, num_free: Array
+        block_tables: Array, ref_counts: Array, free_pages: Array, num_free: Array, *_: Array
     ) -> tuple[Array, ...]:
         fits = running[:, -1] <= num_free
         taken = wanted & fits[:, None]
@@ -147,17 +148,11 @@ def take_pages(
             fits | ~jnp.any(wanted, axis=1),
         )
 
-    def nothing(
-        block_tables: Array, ref_counts: Array, free_pages: Array, num_free: Array
-    ) -> tuple[Array, ...]:
-        none = jnp.full_like(pages.ravel(), num_pages)
-        count = jnp.zeros_like(num_free)
-        fits = jnp.ones_like(possible)
-        return block_tables, ref_counts, free_pages, num_free, none, none, count, fits
-
-    state = (table.block_tables, table.ref_counts, table.free_pages, table.num_free)
-    block_tables, ref_counts, free_pages, num_free, source, target, count, fits = lax.cond(
-        running[-1, -1] > 0, take, nothing, *state
+    none = jnp.full_like(pages.ravel(), num_pages)
+    arrays = (table.block_tables, table.ref_counts, table.free_pages, table.num_free)
+    no_copies = (none, none, jnp.zeros_like(table.num_free))
+    block_tables, ref_counts, free_pages, num_free, source, target, count, fits = when(
+        running[-1, -1] > 0, take, *arrays, *no_copies, jnp.ones_like(possible)
     )
     table = replace(
         table,
@@ -175,7 +170,7 @@ def copy_on_write(
     """Gives up the masked `old` pages for `own` ones, and lists the copies to make."""
     num_pages = ref_counts.size
 
-    def copy(ref_counts: Array, free_pages: Array, num_free: Array) -> tuple[Array, ...]:
+    def copy(ref_counts: Array, free_pages: Array, num_free: Array, *_: Array) -> tuple[Array, ...]:
         order = running_sum(mask.astype(jnp.int32))
         to = jnp.where(mask, order - 1, mask.size)
         none = jnp.full_like(old, num_pages)
@@ -183,11 +178,9 @@ def copy_on_write(
         state = give_up(ref_counts, free_pages, num_free, old, mask)
         return *state, source, target, order[-1]
 
-    def no_copy(ref_counts: Array, free_pages: Array, num_free: Array) -> tuple[Array, ...]:
-        none = jnp.full_like(old, num_pages)
-        return ref_counts, free_pages, num_free, none, none, jnp.zeros_like(num_free)
-
-    return lax.cond(jnp.any(mask), copy, no_copy, ref_counts, free_pages, num_free)
+    none = jnp.full_like(old, num_pages)
+    state = (ref_counts, free_pages, num_free, none, none, jnp.zeros_like(num_free))
+    return when(jnp.any(mask), copy, *state)
 
 
 def append(table: PageTable, n: ArrayLike) -> tuple[PageTable, Array]:
@@ -305,4 +298,4 @@ def without(table: PageTable, mask: Array, some: Array) -> PageTable:
         return jnp.where(gone, table.num_pages, block_tables), kv_lens, *pools
 
     some = after_reads(table, some)
-    return with_leaves(table, lax.cond(some, give_back, lambda *s: s, *leaves(table)))
+    return with_leaves(table, when(some, give_back, *leaves(table)))
