@@ -164,8 +164,8 @@ def test_who_leaves_ends_its_requests():
 def test_an_engine_that_fails_says_so_to_everybody(monkeypatch):
     async def main():
         async with AsyncEngine(ENGINE) as served:
-            news = await served.stream([[1]], max_new_tokens=5)
             monkeypatch.setattr(ENGINE, "step", lambda: 1 / 0)
+            news = await served.stream([[1]], max_new_tokens=5)
             with pytest.raises(ZeroDivisionError):
                 [delta async for delta in news]
             for what in (served.stream([[1]], max_new_tokens=1), served.stats(), served.drain()):
