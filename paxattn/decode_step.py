@@ -98,25 +98,25 @@ def take_in(
 
 
 def record(
+    model: LanguageModel,
     state: DecodeState,
     tokens: jax.Array,
     logprobs: jax.Array,
     count: jax.Array,
     *,
     failed: jax.Array,
-    window: int | None,
     scrub: bool,
 ) -> DecodeState:
-    """Take down new tokens, end the rows that are through, and release these.
+    """Take down new tokens, end the rows that are through, and give back what is not needed.
 
     Args:
+        model: see `LanguageModel`; what its windows have left behind is given back.
         state: its pool is the one after the step.
         tokens: i32[R, m], new tokens of each row, see `take_in`.
         logprobs: f32[R, m].
         count: i32[R], how many of them are new.
         failed: bool[R], rows that found no page; only the first of them ends.
-        window: the model's, see `step.window_of`.
-        scrub: static; zero the pages that ended rows give back before anyone can take them.
+        scrub: static; zero the pages that are given back before anyone can take them.
     """
     capacity = state.tokens.shape[1]
     rows = jnp.arange(state.status.size)[:, None]
@@ -134,15 +134,16 @@ def record(
     status = jnp.where(after == Status.RUNNING, state.status, after)
     status = jnp.where(first_only(failed), jnp.int32(Status.OUT_OF_PAGES), status)
     ended = (state.status == Status.RUNNING) & (status != Status.RUNNING)
+    pool = release_rows(state.pool, ended, scrub=scrub)
     return dataclasses.replace(
         state,
-        pool=release_rows(state.pool, ended, scrub=scrub),
+        pool=shed(model, pool, scrub=scrub),
         status=status,
         last_token=jnp.where(count > 0, newest, state.last_token),
         num_generated=state.num_generated + count,
         tokens=state.tokens.at[rows, index].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[rows, index].set(logprobs, mode="drop"),
-        use=state.use.after(state.pool.table, window),
+        use=state.use.after(state.pool.table, window_of(model)),
     )
 
 
@@ -182,16 +183,15 @@ def decode_step(
     token, logprob = sample(
         model.logits(hidden), state.sampling, state.num_generated, seen, logits_processor
     )
-    state = record(
+    return record(
+        model,
         dataclasses.replace(state, pool=pool, seen=seen),
         token[:, None],
         logprob[:, None],
         stepped.astype(jnp.int32),
         failed=live & ~ok,
-        window=window_of(model),
         scrub=scrub,
     )
-    return dataclasses.replace(state, pool=shed(model, state.pool, scrub=scrub))
 
 
 def decode(

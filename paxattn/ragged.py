@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable, slot_mapping, token_rows
 from paxattn.page_table.inputs import as_integers, as_mask
+from paxattn.page_table.pages import running_sum_up_to
 from paxattn.shared_prefix import SharedPrefix, find_shared_prefix
 from paxattn.tree import Tree, tree_arrays
 
@@ -68,11 +68,7 @@ def fitting_rows(q_lens: jax.Array, num_tokens: int, max_q_len: int) -> jax.Arra
     if q_lens.size * max_q_len <= num_tokens:
         return q_lens <= max_q_len
     over = num_tokens + 1
-    # Sums that stop there, so that they cannot overflow.
-    ends = lax.associative_scan(
-        lambda a, b: jnp.minimum(a, over - b) + b, jnp.clip(q_lens, 0, over)
-    )
-    return ends < over
+    return running_sum_up_to(jnp.clip(q_lens, 0, over), over) < over
 
 
 def ragged_batch(

@@ -36,11 +36,12 @@ from jax import lax
 
 from paxattn import kv_cache, page_table
 from paxattn.decode_step import DecodeState, Status, record
+from paxattn.kv_cache import KVCache
 from paxattn.ngram import NGram, propose_ngram
-from paxattn.page_table.pages import read_entries
+from paxattn.page_table.pages import read_entries, when
 from paxattn.pool import Pool, make_room, note_tokens, with_table
 from paxattn.sampling import LogitsProcessor, RowSampling, runners_up, sample
-from paxattn.step import LanguageModel, ragged_step, run_tokens, shed, window_of
+from paxattn.step import LanguageModel, ragged_step, run_tokens, shed
 from paxattn.tree import Tree, spine, walk
 
 
@@ -183,13 +184,11 @@ def _compact(
     moves = (place < gained[:, None]) & (path != place)
     src, dst = slots(lens[:, None] + path), slots(lens[:, None] + place)
     dst = jnp.where(moves, dst, table.num_pages * size).ravel()
-    # A loop of one turn at most: XLA works in place in loops, and copies what goes through `cond`.
-    cache = lax.fori_loop(
-        0,
-        jnp.any(moves).astype(jnp.int32),
-        lambda _, cache: kv_cache.move_slots(cache, src.ravel(), dst),
-        pool.cache,
-    )
+
+    def move(cache: KVCache) -> tuple[KVCache]:
+        return (kv_cache.move_slots(cache, src.ravel(), dst),)
+
+    (cache,) = when(jnp.any(moves), move, pool.cache)
     return note_tokens(dataclasses.replace(pool, cache=cache), dst, tokens.ravel())
 
 
@@ -268,15 +267,14 @@ def speculative_step(
     at = jnp.where(at >= 0, at, state.history.shape[1])
     history = state.history.at[jnp.arange(lens.size)[:, None], at].set(chosen, mode="drop")
     decode = record(
+        model,
         dataclasses.replace(decode, pool=pool, seen=seen, use=use),
         chosen,
         logprobs,
         gained,
         failed=live & ~runs,
-        window=window_of(model),
         scrub=scrub,
     )
-    decode = dataclasses.replace(decode, pool=shed(model, decode.pool, scrub=scrub))
     own = state.pool
     if own is not None and isinstance(drafter, DraftModel):
         running = decode.status == Status.RUNNING

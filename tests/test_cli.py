@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from paxattn import cli, display
 from paxattn.cli.plan import Bytes
-from paxattn.models import GenerationConfig, bundled
+from paxattn.models import GenerationConfig, bundled, load
 from paxattn.sampling import SamplingParams
 
 
@@ -47,9 +47,8 @@ def test_without_sampling_options_the_checkpoint_says_how(monkeypatch, capfd, gi
     asked = []
     module = sys.modules["paxattn.cli.generate"]
     advice = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
-    loaded = module.load(module.bundled())
-    changed = dataclasses.replace(loaded, generation_config=advice)
-    monkeypatch.setattr(module, "load", lambda *args, **options: changed)
+    changed = dataclasses.replace(load(bundled()), generation_config=advice)
+    monkeypatch.setattr(module, "load_checkpoint", lambda *args: changed)
 
     def stream(*args, sampling, **options):
         asked.extend(sampling)

@@ -14,6 +14,7 @@ import platformdirs
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from paxattn.display import Output
+from paxattn.models import Checkpoint, bundled, load
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -76,3 +77,21 @@ def loading(log: Output) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def load_checkpoint(model: str | None, dtype: str | None, log: Output) -> Checkpoint:
+    """A checkpoint with a tokenizer; the bundled one for None. Shows a bar while it is read."""
+    use_compilation_cache()
+    devices()
+    with loading(log) as progress:
+        checkpoint = load(model or bundled(), dtype=dtype_here(dtype), progress=progress)
+    if checkpoint.tokenizer is None:
+        raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
+    return checkpoint
+
+
+def dtype_here(dtype: str | None) -> str | None:
+    """What to load weights in where nobody says: None is what the checkpoint says."""
+    if dtype is None and jax.default_backend() == "cpu":
+        return "float32"  # CPUs emulate 16-bit arithmetic, slowly
+    return dtype

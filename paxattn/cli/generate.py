@@ -6,21 +6,19 @@ import sys
 from typing import IO, Any
 
 import click
-import jax
 
 import paxattn
 from paxattn.cli.common import (
-    devices,
+    dtype_here,
     dtype_option,
-    loading,
+    load_checkpoint,
     model_option,
     not_empty,
     page_size_option,
-    use_compilation_cache,
 )
 from paxattn.display import Output, Report, Search, show_live, show_plain, summary
 from paxattn.generate import Stream, stream
-from paxattn.models import bundled, load
+from paxattn.models import load
 from paxattn.requests import GenerateOptions
 from paxattn.sampling import SamplingParams
 from paxattn.speculative import DraftModel, NGram
@@ -168,15 +166,8 @@ def generate(
         raise click.UsageError("--length-penalty and --early-stopping need --num-beams")
     if not draft and (draft_tokens, draft_branches) != (4, 1):
         raise click.UsageError("--draft-tokens and --draft-branches need --draft")
-    use_compilation_cache()
-    devices()
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
     log = Output(stderr=True, quiet=quiet)
-    with loading(log) as progress:
-        checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
-    if checkpoint.tokenizer is None:
-        raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
+    checkpoint = load_checkpoint(model, dtype, log)
     options: GenerateOptions = {
         "tokenizer": checkpoint.tokenizer,
         "max_new_tokens": max_new_tokens,
@@ -228,7 +219,7 @@ def _drafter(
         return None
     if draft == "ngram":
         return NGram(num_tokens=num_tokens, branches=branches)
-    model = load(draft, dtype=dtype).model
+    model = load(draft, dtype=dtype_here(dtype)).model
     return DraftModel(model=model, num_tokens=num_tokens, branches=branches)
 
 

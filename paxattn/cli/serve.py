@@ -12,17 +12,15 @@ import click
 import jax
 
 from paxattn.cli.common import (
-    devices,
     dtype_option,
-    loading,
+    load_checkpoint,
     model_option,
     not_empty,
     page_size_option,
-    use_compilation_cache,
 )
 from paxattn.cli.plan import Bytes
 from paxattn.display import Output
-from paxattn.models import Checkpoint, bundled, load
+from paxattn.models import Checkpoint, bundled
 from paxattn.serving import Engine
 
 _ON_A_CPU = 2**30  # bytes of pages, where nobody says how much memory there is
@@ -134,14 +132,7 @@ def serve(
         raise click.UsageError("--memory and --num-pages both tell the pages: pass one of them")
     log = Output(stderr=True, highlight=False)
     with _bound(host, port) as sock:
-        use_compilation_cache()
-        devices()
-        if dtype is None and jax.default_backend() == "cpu":
-            dtype = "float32"  # CPUs emulate 16-bit arithmetic, slowly
-        with loading(log) as progress:
-            checkpoint = load(model or bundled(), dtype=dtype, progress=progress)
-        if checkpoint.tokenizer is None:
-            raise click.UsageError(f"{model} has no tokenizer.json, so it cannot read text prompts")
+        checkpoint = load_checkpoint(model, dtype, log)
         if chat_template is None:
             template = read_chat_template(checkpoint.directory)
         else:
@@ -213,7 +204,7 @@ def _num_pages(
         left = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         memory = int(_OF_A_DEVICE * left) if left > 0 else _ON_A_CPU
     init = partial(checkpoint.model.init_cache, num_pages=1, page_size=page_size)
-    page_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init)))
+    page_bytes = jax.eval_shape(init).bytes_per_page
     enough = sizes["max_seqs"] * -(-longest // page_size)
     pages = min(memory // page_bytes, enough)
     if pages < 1:

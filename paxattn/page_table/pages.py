@@ -63,6 +63,21 @@ def running_sum(x: Array) -> Array:
     return (inner + (ends - inner[:, -1])[:, None]).reshape(-1)[: x.size]
 
 
+def running_sum_up_to(x: Array, most: int) -> Array:
+    """Inclusive cumulative sum of i32[K] numbers in 0..most, that stops at `most`: no overflow."""
+    return lax.associative_scan(lambda a, b: jnp.minimum(a, most - b) + b, x)
+
+
+def is_vacant(table: PageTable, rows: Array) -> Array:
+    """Whether rows (never negative) hold neither pages nor tokens; not where there is no such row.
+
+    A row that has discarded its beginning has no page in its first entry either.
+    """
+    first = table.block_tables.at[rows, 0].get(mode="fill", fill_value=0)
+    length = table.kv_lens.at[rows].get(mode="fill", fill_value=1)
+    return (first == table.num_pages) & (length == 0)
+
+
 def give_up(
     ref_counts: Array, free_pages: Array, num_free: Array, pages: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
@@ -108,11 +123,12 @@ def give_up(
     return when(jnp.any(held < num_pages), lose, *state)
 
 
-def when(wanted: Array, step: Callable[..., tuple[Array, ...]], *state: Array) -> Any:
+def when(wanted: Array, step: Callable[..., tuple], *state: Any) -> Any:
     """`step(*state)` if it is wanted, bool[], else the state as it is: in place.
 
-    A loop of one turn at most. `lax.cond` would say the same, but in a loop whose bound is data,
-    jax 0.10 copies what goes through its branches, the pool's arrays, in every turn.
+    A loop of one turn at most. `lax.cond` would say the same, but XLA may copy what goes through
+    its branches, in every turn of a loop around it: pages and all that is said of them. (Seen with
+    jax 0.10, where the bound of that loop was data.)
     """
     return lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, state: step(*state), state)
 

@@ -13,6 +13,7 @@ from paxattn.page_table.pages import (
     after_reads,
     give_up,
     in_use,
+    is_vacant,
     leaves,
     pages_for,
     pages_of,
@@ -42,14 +43,10 @@ def fork(table: PageTable, src: ArrayLike, dst: ArrayLike) -> tuple[PageTable, A
     src = as_integers("src", src, None)
     dst = as_integers("dst", dst, src.shape)
     table = with_leaves(table, leaves(table, src, dst))
-    max_seqs, num_pages = table.max_seqs, table.num_pages
+    max_seqs = table.max_seqs
     ok = (src >= 0) & (src < max_seqs) & (dst >= 0) & (dst < max_seqs) & (src != dst)
     # Out-of-range indices are masked before they are used: a negative one would wrap round.
-    first_page = table.block_tables.at[jnp.where(ok, dst, max_seqs), 0].get(
-        mode="fill", fill_value=num_pages
-    )
-    length = table.kv_lens.at[jnp.where(ok, dst, max_seqs)].get(mode="fill", fill_value=0)
-    ok &= (first_page == num_pages) & (length == 0)
+    ok &= is_vacant(table, jnp.where(ok, dst, max_seqs))
     turn = jnp.arange(src.size, dtype=jnp.int32)
     to = jnp.where(ok, dst, max_seqs)
     winner = jnp.full((max_seqs,), src.size, jnp.int32).at[to].min(turn, mode="drop")
@@ -144,9 +141,7 @@ def adopt(
     pages = jnp.where(used & (pages >= 0) & (pages < num_pages), pages, num_pages)
     holders = table.ref_counts.at[pages].get(mode="fill", fill_value=0)
     ok &= jnp.all((holders > 0) | ~used)
-    row = jnp.where(ok, row, table.max_seqs)
-    ok &= table.block_tables.at[row, 0].get(mode="fill", fill_value=0) == num_pages
-    ok &= table.kv_lens.at[row].get(mode="fill", fill_value=0) == 0
+    ok &= is_vacant(table, jnp.where(ok, row, table.max_seqs))
     row = jnp.where(ok, row, table.max_seqs)
     pages = jnp.where(ok, pages, num_pages)
     padded = jnp.pad(pages, (0, table.max_pages_per_seq - size), constant_values=num_pages)

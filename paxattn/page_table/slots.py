@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from paxattn.page_table.inputs import as_integers, check_positive
+from paxattn.page_table.pages import running_sum_up_to
 from paxattn.page_table.state import INT32_MAX, PageTable
 
 
@@ -26,9 +27,7 @@ def token_rows(q_lens: ArrayLike, num_tokens: int) -> tuple[Array, Array, Array]
     """
     q_lens = as_integers("q_lens", q_lens, None)
     num_tokens = check_positive("num_tokens", num_tokens)
-    lens = jnp.clip(q_lens, 0, num_tokens)
-    # Sums that stop at num_tokens, so that they cannot overflow.
-    ends = lax.associative_scan(lambda a, b: jnp.minimum(a, num_tokens - b) + b, lens)
+    ends = running_sum_up_to(jnp.clip(q_lens, 0, num_tokens), num_tokens)
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     # Unrolled: log2(R) gathers in one fused kernel, where the default is a loop of kernels.
     rows = jnp.searchsorted(ends, tokens, side="right", method="scan_unrolled").astype(jnp.int32)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from paxattn import page_table
 from paxattn.page_table import PageCopies, PageTable
 from paxattn.page_table.inputs import as_integers
-from paxattn.page_table.pages import running_sum, varying_like
+from paxattn.page_table.pages import running_sum, varying_like, when
 from paxattn.page_table.steps import pages_wanted
 from paxattn.prefix_cache.chains import Chains, unlink
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
@@ -87,7 +87,7 @@ def evict_for(
         old, now = with_changing(cache, table, state)
         return changing(*forget(old, now, victims(old, now, pages, wanted)))
 
-    state = lax.cond(short, make_room, lambda *s: s, *changing(cache, table))
+    state = when(short, make_room, *changing(cache, table))
     return with_changing(cache, table, state)
 
 
@@ -226,7 +226,7 @@ def forget(cache: PrefixCache, table: PageTable, gone: Array) -> tuple[PrefixCac
 
 
 def changing(cache: PrefixCache, table: PageTable) -> tuple[Array, ...]:
-    """The arrays that eviction changes, as operands for `lax.cond`."""
+    """The arrays that eviction changes, as operands for `when`."""
     return (
         cache.depths,
         cache.by_prefix.heads,

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from paxattn.page_table import PageTable, adopt, retain
 from paxattn.page_table.inputs import as_integers, as_mask
-from paxattn.page_table.pages import varying_like
+from paxattn.page_table.pages import is_vacant, varying_like, when
 from paxattn.prefix_cache.chains import first_pages, link, next_pages, prefix_hashes
 from paxattn.prefix_cache.state import PrefixCache, check_sizes
 from paxattn.prefix_cache.tokens import as_pages, row_tokens
@@ -112,10 +112,7 @@ def admit(
       the row's length now. Where `row` is out of range or holds pages: no change, and 0.
     """
     row = as_integers("row", row, ())
-    first = table.block_tables.at[jnp.where(row < 0, table.max_seqs, row), 0]
-    length = table.kv_lens.at[jnp.where(row < 0, table.max_seqs, row)]
-    vacant = first.get(mode="fill", fill_value=0) == table.num_pages
-    vacant &= length.get(mode="fill", fill_value=0) == 0
+    vacant = is_vacant(table, jnp.where(row < 0, table.max_seqs, row))
     num_tokens = jnp.where(vacant, as_integers("num_tokens", num_tokens, ()), 0)
     found = match(cache, table, tokens, num_tokens, salt)
     table, _ = adopt(table, row, found.pages, found.num_tokens)
@@ -173,10 +170,10 @@ def insert(
 
     cache = touch(cache, path)
 
-    def remember(state: PrefixCache) -> PrefixCache:
+    def remember(state: PrefixCache) -> tuple[PrefixCache]:
         pages = jnp.where(new, own, cache.num_pages)
         before = jnp.pad(path[:-1], (1, 0), constant_values=cache.num_pages)
-        return replace(
+        state = replace(
             state,
             tokens=state.tokens.at[pages].set(tokens, mode="drop"),
             parents=state.parents.at[pages].set(before, mode="drop"),
@@ -185,8 +182,9 @@ def insert(
             by_prefix=link(state.by_prefix, own, hashes[1:], new),
             by_parent=link(state.by_parent, own, hashes[:-1], new),
         )
+        return (state,)
 
-    cache = lax.cond(jnp.any(new), remember, lambda state: state, cache)
+    (cache,) = when(jnp.any(new), remember, cache)
     count = cache.stats.pages_inserted + jnp.sum(new, dtype=jnp.uint32)
     cache = replace(cache, stats=replace(cache.stats, pages_inserted=count))
     return cache, retain(table, own, new)

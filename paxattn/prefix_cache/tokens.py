@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from paxattn.page_table import PageCopies, PageTable
 from paxattn.page_table.inputs import as_integers
+from paxattn.page_table.pages import when
 from paxattn.prefix_cache.state import PrefixCache
 
 
@@ -37,13 +38,12 @@ def write_tokens(cache: PrefixCache, slots: ArrayLike, tokens: ArrayLike) -> Pre
 def copy_tokens(cache: PrefixCache, copies: PageCopies) -> PrefixCache:
     """Runs the copies that a `reserve` ordered, as `kv_cache.copy_pages` does."""
 
-    def copy(tokens: Array) -> Array:
+    def copy(tokens: Array) -> tuple[Array]:
         pages = tokens.at[copies.src].get(mode="fill", fill_value=0)
-        return tokens.at[copies.dst].set(pages, mode="drop")
+        return (tokens.at[copies.dst].set(pages, mode="drop"),)
 
-    return replace(
-        cache, tokens=lax.cond(copies.count > 0, copy, lambda tokens: tokens, cache.tokens)
-    )
+    (tokens,) = when(copies.count > 0, copy, cache.tokens)
+    return replace(cache, tokens=tokens)
 
 
 def row_tokens(cache: PrefixCache, table: PageTable, row: Array) -> Array:

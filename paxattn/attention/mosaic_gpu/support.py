@@ -19,6 +19,7 @@ from paxattn.attention.mosaic_gpu.config import (
     packed_rows,
     short_q_len,
 )
+from paxattn.attention.native import launch
 from paxattn.attention.target import Target
 
 if TYPE_CHECKING:
@@ -154,24 +155,13 @@ def run(
         o [T, Hq, D] in q's dtype, lse f32[T, Hq].
 
     Raises:
-        NotImplementedError: a gradient is asked for, or the caller is a `shard_map` that checks
-            over which axes values vary, which Pallas' kernels for warps do not support.
+        NotImplementedError: see `native.launch`.
     """
     del kv_lens, max_q_len
-    if any(jax.typeof(x).manual_axis_type.varying for x in (q, k_pages, v_pages)):
-        raise NotImplementedError(
-            "mosaic_gpu runs inside a jax.shard_map only with check_vma=False (Pallas cannot tell "
-            "over which mesh axes a kernel's results vary); implementation='reference' needs none"
-        )
     # Imported late: jax's kernel language is slow to import, and not the same in every release.
     from paxattn.attention.mosaic_gpu import op
 
-    @jax.custom_jvp
-    def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any) -> Any:
+    def kernels(q: Any, k_pages: Any, v_pages: Any, sinks: Any) -> Any:
         return op.attend_batch(q, k_pages, v_pages, sinks=sinks, plan=plan, **options)
 
-    @attend.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("mosaic_gpu has no gradient: use implementation='reference'")
-
-    return attend(q, k_pages, v_pages, sinks)
+    return launch("mosaic_gpu", kernels, q, k_pages, v_pages, sinks)
