@@ -121,47 +121,36 @@ def take_pages(
     num_pages = table.num_pages
     rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
     running = running_sum(wanted.reshape(-1).astype(jnp.int32)).reshape(wanted.shape)
-
-    def take(
-        block_tables: Array, ref_counts: Array, free_pages: Array, num_free: Array, *_: Array
-    ) -> tuple[Array, ...]:
-        fits = running[:, -1] <= num_free
-        taken = wanted & fits[:, None]
-        # Only the top of the stack is read, and XLA can see that: a gather from all of it would be
-        # priced, and split over threads, by the pool's size.
-        window = min(wanted.size, num_pages)
-        bottom = jnp.maximum(num_free - window, 0)
-        top = lax.dynamic_slice(free_pages, (bottom,), (window,))
-        place = jnp.where(taken, num_free - bottom - running, window)
-        popped = top.at[place].get(mode="fill", fill_value=num_pages)
-        copied = taken & (pages < num_pages)
-        width = table.max_pages_per_seq
-        entries = jnp.where(taken, rows[:, None] * width + cols, INT32_MAX).reshape(-1)
-        block_tables = block_tables.reshape(-1).at[entries].set(popped.reshape(-1), mode="drop")
-        ref_counts = ref_counts.at[popped].set(1, mode="drop")
-        num_free -= jnp.max(jnp.where(fits, running[:, -1], 0))
-        return (
-            block_tables.reshape(table.block_tables.shape),
-            *copy_on_write(
-                ref_counts, free_pages, num_free, pages.ravel(), popped.ravel(), copied.ravel()
-            ),
-            fits | ~jnp.any(wanted, axis=1),
-        )
-
-    none = jnp.full_like(pages.ravel(), num_pages)
-    arrays = (table.block_tables, table.ref_counts, table.free_pages, table.num_free)
-    no_copies = (none, none, jnp.zeros_like(table.num_free))
-    block_tables, ref_counts, free_pages, num_free, source, target, count, fits = when(
-        running[-1, -1] > 0, take, *arrays, *no_copies, jnp.ones_like(possible)
+    fits = running[:, -1] <= table.num_free
+    taken = wanted & fits[:, None]
+    # Only the top of the stack is read, and XLA can see that: a gather from all of it would be
+    # priced, and split over threads, by the pool's size.
+    window = min(wanted.size, num_pages)
+    bottom = jnp.maximum(table.num_free - window, 0)
+    top = lax.dynamic_slice(table.free_pages, (bottom,), (window,))
+    place = jnp.where(taken, table.num_free - bottom - running, window)
+    popped = top.at[place].get(mode="fill", fill_value=num_pages)
+    copied = taken & (pages < num_pages)
+    width = table.max_pages_per_seq
+    entries = jnp.where(taken, rows[:, None] * width + cols, INT32_MAX).reshape(-1)
+    block_tables = table.block_tables.reshape(-1).at[entries].set(popped.reshape(-1), mode="drop")
+    ref_counts, free_pages, num_free, source, target, count = copy_on_write(
+        table.ref_counts.at[popped].set(1, mode="drop"),
+        table.free_pages,
+        table.num_free - jnp.max(jnp.where(fits, running[:, -1], 0)),
+        pages.ravel(),
+        popped.ravel(),
+        copied.ravel(),
     )
     table = replace(
         table,
-        block_tables=block_tables,
+        block_tables=block_tables.reshape(table.block_tables.shape),
         ref_counts=ref_counts,
         free_pages=free_pages,
         num_free=num_free,
     )
-    return table, possible & fits, PageCopies(src=source, dst=target, count=count)
+    ok = possible & (fits | ~jnp.any(wanted, axis=1))
+    return table, ok, PageCopies(src=source, dst=target, count=count)
 
 
 def copy_on_write(
