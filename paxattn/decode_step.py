@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn.penalties import count_generated
 from paxattn.pool import Pool, release_rows
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
 from paxattn.step import LanguageModel, PoolUse, first_only, ragged_step, shed, window_of
@@ -45,8 +46,7 @@ class DecodeState:
         max_new_tokens: i32[R], at most C.
         stop_ids: i32[R, S], tokens that end a row, padded with -1.
         sampling: parameters per row.
-        seen: bool[R, V], tokens that are in the row's sequence (for the repetition penalty); the
-            newest one may be missing.
+        counts: i32[R, V], of the tokens in the row's sequence, see `penalties`.
         tokens: i32[R, C], the generated tokens; the first ``num_generated`` are valid.
         logprobs: f32[R, C], their log-probabilities under the model.
         use: how the pool was used.
@@ -59,7 +59,7 @@ class DecodeState:
     max_new_tokens: jax.Array
     stop_ids: jax.Array
     sampling: RowSampling
-    seen: jax.Array
+    counts: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
     use: PoolUse
@@ -128,7 +128,8 @@ def record(
         max_new_tokens=state.max_new_tokens,
         stop_ids=state.stop_ids,
     )
-    index = jnp.where(place < count[:, None], state.num_generated[:, None] + place, capacity)
+    taken = place < count[:, None]
+    index = jnp.where(taken, state.num_generated[:, None] + place, capacity)
     newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
 
     status = jnp.where(after == Status.RUNNING, state.status, after)
@@ -141,6 +142,7 @@ def record(
         status=status,
         last_token=jnp.where(count > 0, newest, state.last_token),
         num_generated=state.num_generated + count,
+        counts=count_generated(state.counts, tokens, taken),
         tokens=state.tokens.at[rows, index].set(tokens, mode="drop"),
         logprobs=state.logprobs.at[rows, index].set(logprobs, mode="drop"),
         use=state.use.after(state.pool.table, window_of(model)),
@@ -176,16 +178,16 @@ def decode_step(
         scrub=scrub,
     )
     stepped = live & ok
-    rows = jnp.arange(live.size)
-    seen = state.seen.at[jnp.where(stepped, rows, live.size), state.last_token].set(
-        True, mode="drop"
-    )
     token, logprob = sample(
-        model.logits(hidden), state.sampling, state.num_generated, seen, logits_processor
+        model.logits(hidden),
+        state.sampling,
+        state.num_generated,
+        lambda: state.counts,
+        logits_processor,
     )
     return record(
         model,
-        dataclasses.replace(state, pool=pool, seen=seen),
+        dataclasses.replace(state, pool=pool),
         token[:, None],
         logprob[:, None],
         stepped.astype(jnp.int32),

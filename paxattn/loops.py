@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from paxattn import page_table
 from paxattn.beam import Beams, BeamState, beam_search, no_beams
 from paxattn.decode_step import DecodeState, Status, decode
+from paxattn.penalties import count_tokens
 from paxattn.pool import Pool, init_pool, release_rows, with_table
 from paxattn.requests import Sizes
 from paxattn.sampling import LogitsProcessor, RowSampling
@@ -90,8 +91,6 @@ def start(
     width = sizes.max_pages_per_seq * sizes.page_size
     place = jnp.arange(width, dtype=jnp.int32)
     history = packed.tokens.at[packed.starts[:, None] + place].get(mode="clip")
-    known = jnp.where(place < prompt_lens[:, None], history, model.config.vocab_size)
-    seen = jnp.zeros((num_rows, model.config.vocab_size), bool)
     state = DecodeState(
         pool=pool,
         status=jnp.where(running & ~ok, jnp.int32(Status.OUT_OF_PAGES), status),
@@ -100,7 +99,7 @@ def start(
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         sampling=sampling,
-        seen=seen.at[jnp.arange(num_rows)[:, None], known].set(True, mode="drop"),
+        counts=count_tokens(history, prompt_lens, prompt_lens, model.config.vocab_size),
         tokens=jnp.zeros((num_rows, sizes.capacity), jnp.int32),
         logprobs=jnp.zeros((num_rows, sizes.capacity), jnp.float32),
         use=use,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -24,6 +24,9 @@ class Delta:
         text: text since the last delta ("" without a tokenizer).
         finish_reason: None while running; "stop" (a stop token or string), "length"
             (``max_new_tokens``), "out_of_pages" or, of an `Engine`, "abort".
+        top_logprobs: for each token, if an `Engine` was asked for them, the likeliest tokens and
+            their log-probabilities, the likeliest first.
+        cached_tokens: of an `Engine`: tokens of the prompt that pages held already.
     """
 
     index: int
@@ -31,6 +34,8 @@ class Delta:
     logprobs: list[float]
     text: str
     finish_reason: str | None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,8 @@ class Completion:
         finish_reason: see `Delta`.
         score: of a beam search, sum of the log-probabilities over ``tokens ** length_penalty``;
             None otherwise.
+        top_logprobs: see `Delta`.
+        cached_tokens: see `Delta`.
     """
 
     prompt_tokens: list[int]
@@ -54,6 +61,8 @@ class Completion:
     text: str
     finish_reason: str
     score: float | None = None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    cached_tokens: int | None = None
 
 
 class Reading:
@@ -116,6 +125,8 @@ def completion(prompt: list[int], deltas: Sequence[Delta]) -> Completion:
         logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
         text="".join(delta.text for delta in deltas),
         finish_reason=deltas[-1].finish_reason or "",
+        top_logprobs=[top for delta in deltas for top in delta.top_logprobs],
+        cached_tokens=deltas[0].cached_tokens,
     )
 
 

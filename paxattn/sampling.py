@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, min-p and repetition penalty.
+"""From logits to tokens: greedy, temperature, top-k, top-p, min-p and penalties.
 
 Every parameter is data, one value per row, so rows with different settings share a step and
 changing a setting compiles nothing. What no row asks for is skipped at run time. Filters find
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paxattn.penalties import any_penalty, penalize
+
 _LIMITS = np.finfo(np.float32)
 # What can be divided by: beyond, a float32 or its reciprocal (XLA may multiply by it) is subnormal,
 # and so taken for 0, or infinite.
@@ -27,6 +29,9 @@ LogitsProcessor = Callable[[jax.Array, jax.Array], jax.Array]
 """``(logits f32[n, V], num_generated i32[n]) -> f32[n, V]``, traceable; runs before the rest.
 
 There is a line for each token asked about: one per row, with speculation several."""
+
+Counts = Callable[[], jax.Array]
+"""Gives the counts i32[n, V] that penalties go by; not called where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the most likely one; 0: all.
         repetition_penalty: logits of tokens already in the sequence are divided (if positive) or
             multiplied (if negative) by it; 1: off (Keskar et al., 2019, arXiv:1909.05858).
+        frequency_penalty: taken from a token's logit for each time that it was generated; 0: off.
+        presence_penalty: taken from the logits of all tokens that were generated; 0: off.
         seed: the request's own random stream; the same seed gives the same tokens whatever else
             is in the batch.
     """
@@ -49,6 +56,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
 
     def validate(self) -> None:
@@ -73,6 +82,10 @@ class SamplingParams:
                 lambda x: _SMALLEST <= x <= _LARGEST,
                 f"a positive number {normal}",
             ),
+            **dict.fromkeys(
+                ("frequency_penalty", "presence_penalty"),
+                (Real, lambda x: abs(x) <= 1e6, "a number from -1e6 to 1e6"),
+            ),
             "seed": (Integral, lambda x: 0 <= x < 2**32, "an integer in 0..2**32-1"),
         }
         for name, (kind, inside, wanted) in ranges.items():
@@ -94,6 +107,8 @@ class RowSampling:
         top_p: f32[R].
         min_p: f32[R].
         repetition_penalty: f32[R].
+        frequency_penalty: f32[R].
+        presence_penalty: f32[R].
         seed: u32[R].
     """
 
@@ -102,6 +117,8 @@ class RowSampling:
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
+    frequency_penalty: jax.Array
+    presence_penalty: jax.Array
     seed: jax.Array
 
 
@@ -183,21 +200,6 @@ def _filter(logits: jax.Array, params: RowSampling) -> jax.Array:
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Apply the repetition penalty.
-
-    Args:
-        logits: f32[R, V].
-        seen: bool[R, V], tokens already in each row's sequence, prompt included.
-        penalty: f32[R].
-
-    Returns:
-        f32[R, V].
-    """
-    factor = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
-
-
 def apply_processor(
     logits_processor: LogitsProcessor | None, logits: jax.Array, num_generated: jax.Array
 ) -> jax.Array:
@@ -226,20 +228,18 @@ def _processed(
     logits: jax.Array,
     params: RowSampling,
     num_generated: jax.Array,
-    seen: jax.Array | None,
+    counts: Counts | None,
     logits_processor: LogitsProcessor | None,
 ) -> jax.Array:
-    """What comes before temperature: the processor hook and the repetition penalty."""
+    """What comes before temperature: the processor hook and the penalties."""
     chosen = apply_processor(logits_processor, logits, num_generated)
-    if seen is None:
+    if counts is None:
         return chosen
     return lax.cond(
-        jnp.any(params.repetition_penalty != 1.0),
-        penalize_repetition,
-        lambda chosen, *_: chosen,
+        any_penalty(params),
+        lambda chosen: penalize(chosen, counts(), params),
+        lambda chosen: chosen,
         chosen,
-        seen,
-        params.repetition_penalty,
     )
 
 
@@ -270,27 +270,28 @@ def sample(
     logits: jax.Array,
     params: RowSampling,
     num_generated: jax.Array,
-    seen: jax.Array | None = None,
+    counts: Counts | None = None,
     logits_processor: LogitsProcessor | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Choose one token per row.
 
-    The order is that of Hugging Face transformers: processor hook, repetition penalty,
-    temperature, top-k, top-p, min-p. Randomness is drawn from ``(seed, num_generated)`` alone, so
+    The order is that of Hugging Face transformers: processor hook, penalties, temperature, top-k,
+    top-p, min-p. Randomness is drawn from ``(seed, num_generated)`` alone, so
     a row's tokens do not depend on the rest of the batch.
 
     Args:
         logits: f32[R, V].
         params: one value per row.
         num_generated: i32[R], tokens that the row has generated so far.
-        seen: bool[R, V] for the repetition penalty; None: no row has one.
+        counts: gives i32[R, V], see `penalties`; called where some row has a penalty. None: none
+            has.
         logits_processor: traceable hook applied first.
 
     Returns:
         ``(tokens i32[R], logprobs f32[R])``; a logprob is the chosen token's under the model's own
         distribution (``log_softmax`` of the unprocessed logits).
     """
-    chosen = _processed(logits, params, num_generated, seen, logits_processor)
+    chosen = _processed(logits, params, num_generated, counts, logits_processor)
 
     def draw(chosen: jax.Array) -> jax.Array:
         return jnp.argmax(_perturb(chosen, params, num_generated), axis=-1)
@@ -306,7 +307,7 @@ def runners_up(
     logits: jax.Array,
     params: RowSampling,
     num_generated: jax.Array,
-    seen: jax.Array | None = None,
+    counts: Counts | None = None,
     logits_processor: LogitsProcessor | None = None,
     *,
     count: int,
@@ -319,14 +320,14 @@ def runners_up(
         logits: as for `sample`, like what follows.
         params: same.
         num_generated: same.
-        seen: same.
+        counts: same.
         logits_processor: same.
         count: how many tokens, at most V.
 
     Returns:
         Distinct tokens i32[R, count].
     """
-    chosen = _processed(logits, params, num_generated, seen, logits_processor)
+    chosen = _processed(logits, params, num_generated, counts, logits_processor)
     chosen = lax.cond(
         jnp.any(params.temperature > 0.0),
         lambda x: _perturb(x, params, num_generated),

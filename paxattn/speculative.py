@@ -39,6 +39,7 @@ from paxattn.decode_step import DecodeState, Status, record
 from paxattn.kv_cache import KVCache
 from paxattn.ngram import NGram, propose_ngram
 from paxattn.page_table.pages import read_entries, when
+from paxattn.penalties import count_generated
 from paxattn.pool import Pool, make_room, note_tokens, with_table
 from paxattn.sampling import LogitsProcessor, RowSampling, runners_up, sample
 from paxattn.step import LanguageModel, ragged_step, run_tokens, shed
@@ -118,22 +119,23 @@ def _propose_model(
     missing = jnp.take_along_axis(state.history, held[:, None], axis=1)[:, 0]
 
     def step(carry: tuple, i: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
-        pool, token, seen, fine = carry
+        pool, token, counts, fine = carry
         pool, hidden, ok = ragged_step(
             drafter.model, pool, token, jnp.ones_like(token),
             live=fine & (i <= limit + behind), max_q_len=1, scrub=scrub,
         )  # fmt: skip
-        seen = seen.at[jnp.arange(token.size), token].set(True)
         asked = (
             drafter.model.logits(hidden), decode.sampling,
-            decode.num_generated + jnp.maximum(i - behind, 0), seen, logits_processor,
+            decode.num_generated + jnp.maximum(i - behind, 0), lambda: counts, logits_processor,
         )  # fmt: skip
         tokens = runners_up(*asked, count=branches) if branches > 1 else sample(*asked)[0][:, None]
-        token = jnp.where(i < behind, decode.last_token, tokens[:, 0])
-        return (pool, token, seen, fine & ok), (tokens, fine & ok)
+        is_guess = i >= behind
+        token = jnp.where(is_guess, tokens[:, 0], decode.last_token)
+        counts = count_generated(counts, tokens[:, :1], is_guess[:, None])
+        return (pool, token, counts, fine & ok), (tokens, fine & ok)
 
     first = jnp.where(behind > 0, missing, decode.last_token)
-    carry = (state.pool, first, decode.seen, live)
+    carry = (state.pool, first, decode.counts, live)
     carry, (tokens, fine) = lax.scan(step, carry, jnp.arange(k + 1))
     state = dataclasses.replace(state, pool=carry[0])
     guesses = tokens[behind[:, None] + jnp.arange(k), jnp.arange(live.size)[:, None]]
@@ -152,13 +154,15 @@ def _choose(
     logits_processor: LogitsProcessor | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What plain decoding would choose after each packed token: tokens i32[T], logprobs f32[T]."""
-    # The repetition penalty after a guess counts it and its ancestors.
-    upto = jnp.asarray(tree.is_ancestor())[offsets] & (candidates[rows] >= 0)
-    at = jnp.where(upto, candidates[rows], decode.seen.shape[1])
+
+    def counts() -> jax.Array:
+        """After a guess, it and its ancestors count too; the first node is counted already."""
+        upto = jnp.asarray(tree.is_ancestor())[offsets] & (candidates[rows] >= 0)
+        return count_generated(decode.counts[rows], candidates[rows, 1:], upto[:, 1:])
+
     index = decode.num_generated[rows] + jnp.asarray(tree.depths())[offsets]
-    seen = decode.seen[rows].at[jnp.arange(rows.size)[:, None], at].set(True, mode="drop")
     sampling: RowSampling = jax.tree.map(lambda x: x[rows], decode.sampling)
-    return sample(model.logits(hidden), sampling, index, seen, logits_processor)
+    return sample(model.logits(hidden), sampling, index, counts, logits_processor)
 
 
 def _compact(
@@ -260,15 +264,12 @@ def speculative_step(
         pool = _compact(pool, lens, path, gained, candidates)
     table, _ = page_table.truncate(pool.table, jnp.where(runs, lens + gained, -1))
     pool = with_table(pool, table, scrub=scrub)
-    # What the cache now holds of each row: the newest token and the guesses kept.
-    stored = jnp.where(jnp.arange(k + 1) < gained[:, None], candidates, decode.seen.shape[1])
-    seen = decode.seen.at[jnp.arange(lens.size)[:, None], stored].set(True, mode="drop")
     at = jnp.where(jnp.arange(k + 1) < gained[:, None], lens[:, None] + 1 + jnp.arange(k + 1), -1)
     at = jnp.where(at >= 0, at, state.history.shape[1])
     history = state.history.at[jnp.arange(lens.size)[:, None], at].set(chosen, mode="drop")
     decode = record(
         model,
-        dataclasses.replace(decode, pool=pool, seen=seen, use=use),
+        dataclasses.replace(decode, pool=pool, use=use),
         chosen,
         logprobs,
         gained,

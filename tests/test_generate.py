@@ -371,6 +371,10 @@ def test_repetition_penalty_counts_prompt_and_output():
         sequence = completion.prompt_tokens[-1:] + completion.tokens
         assert len(set(sequence)) == len(sequence)
         assert not set(completion.tokens) & set(completion.prompt_tokens)
+    for name in ("frequency_penalty", "presence_penalty"):
+        sampling = SamplingParams(**{name: 1e6})
+        for completion in generate(MODEL, PROMPTS, sampling=sampling, **SHAPE).completions:
+            assert len(set(completion.tokens)) == len(completion.tokens)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ ROOMS = [
     "step",
     "kept_pool",
     "packing",
+    "penalties",
     "sampling",
     "decode_step",
     "beam",

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paxattn.sampling import SamplingParams, penalize_repetition, row_sampling, sample
+from paxattn.penalties import count_generated, count_tokens, penalize
+from paxattn.sampling import SamplingParams, row_sampling, sample
 
 V = 64
 R = 8
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.normal(size=(R, V)) * 2, jnp.float32)
-STEP = jax.jit(sample)
+STEP = jax.jit(lambda *args, counts: sample(*args, lambda: counts))
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +21,12 @@ def _strict_dtypes():
         yield
 
 
-def draw(logits, params, num_generated=None, seen=None):
+def draw(logits, params, num_generated=None, counts=None):
     rows = logits.shape[0]
     num_generated = jnp.zeros(rows, jnp.int32) if num_generated is None else num_generated
-    seen = jnp.zeros(logits.shape, bool) if seen is None else seen
+    counts = jnp.zeros(logits.shape, jnp.int32) if counts is None else counts
     params = params if isinstance(params, list) else [params] * rows
-    return STEP(logits, row_sampling(params, rows), num_generated, seen)
+    return STEP(logits, row_sampling(params, rows), num_generated, counts=counts)
 
 
 def allowed_by_numpy(x, params):
@@ -110,16 +111,35 @@ def test_seed_and_position_change_the_draw():
     assert len(set(np.asarray(seeds).tolist())) > R // 2
 
 
-def test_repetition_penalty_is_that_of_transformers():
-    seen = jnp.asarray(RNG.random((R, V)) < 0.5)
-    penalty = jnp.asarray(RNG.uniform(0.5, 2, R), jnp.float32)
-    x = np.asarray(LOGITS)
-    expected = np.where(
-        seen, np.where(x < 0, x * penalty[:, None], x / np.asarray(penalty)[:, None]), x
+def test_penalties_are_those_of_transformers_and_of_the_openai_api():
+    """Repetition looks at prompt and output, frequency and presence at the output only."""
+    lines = RNG.integers(0, V, (R, 40)).astype(np.int32)
+    lens = RNG.integers(20, 40, R).astype(np.int32)
+    prompt_lens = RNG.integers(0, 20, R).astype(np.int32)
+    counts = count_tokens(jnp.asarray(lines), jnp.asarray(prompt_lens), jnp.asarray(lens), V)
+    repetition = RNG.uniform(0.5, 2, R)
+    frequency, presence = RNG.uniform(-2, 2, (2, R))
+    params = [
+        SamplingParams(repetition_penalty=a, frequency_penalty=b, presence_penalty=c)
+        for a, b, c in zip(repetition, frequency, presence, strict=True)
+    ]
+    expected = np.asarray(LOGITS, np.float64).copy()
+    for row, x in enumerate(expected):
+        prompt, output = np.split(lines[row, : lens[row]], [prompt_lens[row]])
+        for token in {*prompt.tolist(), *output.tolist()}:
+            x[token] *= repetition[row] if x[token] < 0 else 1 / repetition[row]
+        for token, times in zip(*np.unique(output, return_counts=True), strict=True):
+            x[token] -= frequency[row] * times + presence[row]
+    found = penalize(LOGITS, counts, row_sampling(params, R))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    tokens, _ = draw(LOGITS, params, counts=counts)
+    np.testing.assert_array_equal(tokens, expected.argmax(axis=1))
+    grown = count_generated(
+        counts, jnp.asarray(lines[:, :3]), jnp.ones((R, 3), bool).at[0].set(False)
     )
-    np.testing.assert_allclose(penalize_repetition(LOGITS, seen, penalty), expected, rtol=1e-6)
-    tokens, _ = draw(LOGITS - 10, SamplingParams(repetition_penalty=1e9), seen=LOGITS > 0)
-    assert (np.asarray(LOGITS)[np.arange(R), tokens] <= 0).all()
+    for row in range(R):
+        new = np.bincount(lines[row, :3], minlength=V) * (row > 0)
+        np.testing.assert_array_equal(grown[row] - counts[row], 2 * new)
 
 
 def test_greedy_rows_beside_sampling_rows_stay_greedy():
@@ -178,7 +198,9 @@ def test_extremes_stay_finite(scale, extreme):
     logits = (LOGITS * scale).at[:, 7].set(-jnp.inf)
     filters = [{}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}]
     params = [SamplingParams(seed=i, **extreme, **filters[i % 4]) for i in range(R)]
-    tokens, logprobs = draw(logits, params, seen=jnp.arange(V) < jnp.full((R, 1), V // 2))
+    tokens, logprobs = draw(
+        logits, params, counts=(jnp.arange(V) < jnp.full((R, 1), V // 2)).astype(jnp.int32)
+    )
     assert np.isfinite(np.asarray(logprobs)).all()
     assert 7 not in tokens.tolist()
     if "repetition_penalty" not in extreme and scale / extreme["temperature"] > 1e6:

@@ -193,7 +193,7 @@ def test_the_official_client():
             assert (await client.models.retrieve("tiny")).owned_by == "paxattn"
 
             ask = {"model": "tiny", "prompt": prompts, "n": 2, "max_tokens": 6, "seed": 3, **DRAWN}
-            whole = await client.completions.create(**ask, logprobs=0)
+            whole = await client.completions.create(**ask, logprobs=2)
             assert [choice.text for choice in whole.choices] == [one.text for one in samples]
             assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
             assert {choice.finish_reason for choice in whole.choices} == {"length"}
@@ -201,6 +201,11 @@ def test_the_official_client():
             logprobs = whole.choices[1].logprobs
             assert logprobs.token_logprobs == pytest.approx(samples[1].logprobs, abs=1e-4)
             assert [int(token[1:]) for token in logprobs.tokens] == samples[1].tokens
+            for token, own, top in zip(
+                logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+            ):
+                assert top[token] == own <= max(top.values())
+                assert len(top) == (2 if own >= sorted(top.values())[-2] else 3)
 
             text, reasons, usage = [""] * 4, [None] * 4, None
             events = await client.completions.create(
@@ -217,13 +222,20 @@ def test_the_official_client():
             assert usage.total_tokens == 32
 
             ask = {"model": "tiny", "messages": talk, "max_tokens": 5, "seed": 4, **DRAWN}
-            said = await client.chat.completions.create(**ask, logprobs=True)
+            said = await client.chat.completions.create(**ask, logprobs=True, top_logprobs=3)
             assert said.choices[0].message.content == answer.text
             assert said.choices[0].message.role == "assistant"
             shown = said.choices[0].logprobs.content
             assert [one.token for one in shown] == said_words
             assert bytes(shown[0].bytes).decode() == shown[0].token
             assert [one.logprob for one in shown] == pytest.approx(answer.logprobs, abs=1e-4)
+            for one in shown:
+                tops = [top.logprob for top in one.top_logprobs]
+                assert len(tops) == 3
+                assert tops == sorted(tops, reverse=True)
+                assert one.logprob <= tops[0]
+            again = await client.chat.completions.create(**ask)
+            assert again.usage.prompt_tokens_details.cached_tokens > 0
             events = await client.chat.completions.create(**ask, stop=stop, stream=True)
             got = [event.choices[0] async for event in events]
             assert got[0].delta.role == "assistant"
@@ -234,7 +246,7 @@ def test_the_official_client():
             with pytest.raises(openai.NotFoundError, match="there is no model 'big'"):
                 await client.completions.create(model="big", prompt="w001")
             with pytest.raises(openai.BadRequestError, match="frequency_penalty") as error:
-                await client.completions.create(model="tiny", prompt="w001", frequency_penalty=1)
+                await client.completions.create(model="tiny", prompt="w001", frequency_penalty=3)
             assert error.value.param == "frequency_penalty"
 
     asyncio.run(main())
@@ -352,10 +364,10 @@ BAD = [
     ({**PROMPT, "stream": 1}, 400, "stream", None, "true or false"),
     ({**PROMPT, "stream_options": {}}, 400, "stream_options", None, "goes with stream only"),
     ({**PROMPT, "stream_options": 1}, 400, "stream_options", None, "an object"),
-    ({**PROMPT, "logprobs": 2}, 400, "logprobs", "unsupported", "pass 0"),
+    ({**PROMPT, "logprobs": 21}, 400, "logprobs", None, "from 0 to 20"),
     ({**PROMPT, "logprobs": 0, "echo": True}, 400, "echo", None, "do not go together"),
     ({**PROMPT, "best_of": 2}, 400, "best_of", "unsupported", "all of n samples"),
-    ({**PROMPT, "presence_penalty": 0.5}, 400, "presence_penalty", "unsupported", "repetition"),
+    ({**PROMPT, "presence_penalty": 2.5}, 400, "presence_penalty", None, "from -2 to 2"),
     ({**PROMPT, "logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported", "no logits"),
     ({**CHAT, "messages": []}, 400, "messages", None, "a list of messages"),
     ({**CHAT, "messages": ["w001"]}, 400, "messages[0]", None, "must be an object"),
@@ -370,7 +382,7 @@ BAD = [
     ),
     ({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", None, "utf-8"),
     ({**CHAT, "tools": [{}]}, 400, "tools", "unsupported", "calls no tools"),
-    ({**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "unsupported", "chosen tokens only"),
+    ({**CHAT, "top_logprobs": 2}, 400, "top_logprobs", None, "goes with logprobs only"),
     (b"x" * 10_000, 413, None, "request_too_large", "more than the 8192 bytes"),
     (b"x" * 100_000, 413, None, "request_too_large", "more than the 8192 bytes"),
 ]

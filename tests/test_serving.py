@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_steps import teacher_forced
 from tiny import tiny_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -99,6 +100,7 @@ def workload(seed, priorities=1):
             temperature=rng.choice([0.0, 2.0]),
             top_p=rng.choice([1.0, 0.9]),
             repetition_penalty=rng.choice([1.0, 1.3]),
+            frequency_penalty=(0.0, 0.4)[i % 2],
             seed=seed * 100 + i,
         )
         new = 16 if i == 0 else rng.randrange(1, 17)
@@ -377,6 +379,7 @@ def test_samples_share_their_prompt():
     assert [each.tokens for each in found] == [each.tokens for each in expected]
     assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
     assert served.stats.cached_tokens == 2 * 15  # all but the last token, which must be computed
+    assert [each.cached_tokens for each in found] == [0, 15, 15]
     assert served.add_request([1, 2], **beside) == 5
     ends = [delta.index for delta in served.drain() if delta.finish_reason]
     assert set(ends) | {0, 1} == {0, 1, 5, 6}
@@ -392,6 +395,32 @@ def test_samples_share_their_prompt():
     with pytest.raises(QueueFull, match="13 places needed, 12 of 12 free"):
         served.submit(served.prepare([[1]] * 13, max_new_tokens=1))
     assert served.num_unfinished == 0
+
+
+def test_the_likeliest_tokens_are_told_to_who_asks():
+    one = dataclasses.replace(workload(9)[0], prompt=list(range(60, 66)), new=9)
+    options = {**options_of(one), "stop_token_ids": (), "sampling": SamplingParams()}
+    served = new_engine()
+    first = served.add_request(one.prompt, **options, top_logprobs=3)
+    other = served.add_request(one.prompt[1:], **options)
+    news = {first: [], other: []}
+    for delta in served.drain():
+        news[delta.index].append(delta)
+    assert not any(delta.top_logprobs for delta in news[other])
+    told = [top for delta in news[first] for top in delta.top_logprobs]
+    tokens = [token for delta in news[first] for token in delta.tokens]
+    assert len(told) == len(tokens) == 9
+    prefill, decoded, _ = teacher_forced(MODEL, [one.prompt], [tokens[:-1]])
+    for top, logits in zip(told, [prefill[-1], *decoded[:, 0]], strict=True):
+        expected = np.asarray(jax.nn.log_softmax(logits))
+        best = np.argsort(-expected)[:3]
+        assert [token for token, _ in top] == best.tolist()
+        np.testing.assert_allclose([value for _, value in top], expected[best], atol=1e-4)
+    found = served.generate([one.prompt], **options, top_logprobs=2)[0]
+    fewer = [[token for token, _ in top] for top in found.top_logprobs]
+    assert fewer == [[token for token, _ in top[:2]] for top in told]
+    with pytest.raises(ValueError, match="top_logprobs=21 must be at least 0, and at most 20"):
+        served.add_request([1], top_logprobs=21)
 
 
 def test_engine_stats():

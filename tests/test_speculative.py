@@ -129,10 +129,18 @@ def test_stop_strings_end_rows_that_guess():
     assert any(c.finish_reason == "stop" for c in cut)
 
 
-def test_repetition_penalty_sees_the_guesses():
-    options = {**SHAPE, "sampling": SamplingParams(repetition_penalty=1e6)}
-    plain = generate(MODEL, PROMPTS, **options)
-    assert tokens_of(generate(MODEL, PROMPTS, draft=DRAFTERS[1], **options)) == tokens_of(plain)
+def test_penalties_count_the_guesses():
+    params = [
+        SamplingParams(repetition_penalty=1e6),
+        SamplingParams(frequency_penalty=0.3),
+        SamplingParams(presence_penalty=1e6),
+        SamplingParams(frequency_penalty=-0.2, repetition_penalty=1.1),
+    ]
+    options = {**SHAPE, "sampling": [params[i % 4] for i in range(len(PROMPTS))]}
+    plain = tokens_of(generate(MODEL, PROMPTS, **options))
+    assert plain != tokens_of(generate(MODEL, PROMPTS, **SHAPE))
+    for draft in (DRAFTERS[0], DRAFTERS[1], DRAFTERS[4]):
+        assert tokens_of(generate(MODEL, PROMPTS, draft=draft, **options)) == plain
 
 
 def test_streaming_is_the_same():

@@ -64,6 +64,16 @@ from paxattn.speculative import DraftModel, NGram
     help="Above 1: make tokens that came already less likely.  [default: 1]",
 )
 @click.option(
+    "--frequency-penalty",
+    type=float,
+    help="Above 0: make tokens less likely each time they are generated.  [default: 0]",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    help="Above 0: make tokens that were generated less likely.  [default: 0]",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,

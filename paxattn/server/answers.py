@@ -33,7 +33,7 @@ class Answer:
         self._asked, self._deltas, self._tokenizer = asked, deltas, tokenizer
         self._samples = asked.options["num_samples"]
         self._count = len(asked.prompts) * self._samples
-        self._new_tokens = 0
+        self._new_tokens, self._cached_tokens = 0, [0] * len(asked.prompts)
         self._offsets = [0] * self._count
         kind, letters = (
             ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
@@ -107,17 +107,20 @@ class Answer:
     async def _news(self) -> AsyncIterator[Delta]:
         async for delta in self._deltas:
             self._new_tokens += len(delta.tokens)
+            if delta.index % self._samples == 0:  # the others share what it has stored
+                self._cached_tokens[delta.index // self._samples] = delta.cached_tokens or 0
             yield delta
 
     def _echo(self, index: int) -> str:
         return self._asked.echoes[index // self._samples]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompts = sum(map(len, self._asked.prompts))
         return {
             "prompt_tokens": prompts,
             "completion_tokens": self._new_tokens,
             "total_tokens": prompts + self._new_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
     def _logprobs(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any] | None:
@@ -126,10 +129,17 @@ class Answer:
             return None
         tokens = [self._shown(token) for delta in deltas for token in delta.tokens]
         logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
+        tops = [
+            [(self._shown(token), logprob) for token, logprob in top]
+            for delta in deltas
+            for top in delta.top_logprobs
+        ]
         if self._asked.chat:
             content = [
-                {"token": token, "logprob": logprob, "bytes": _bytes(token), "top_logprobs": []}
-                for token, logprob in zip(tokens, logprobs, strict=True)
+                {**_entry(*one), "top_logprobs": [_entry(*other) for other in top]}
+                for one, top in zip(
+                    zip(tokens, logprobs, strict=True), tops or [[]] * len(tokens), strict=True
+                )
             ]
             return {"content": content, "refusal": None}
         offsets = []
@@ -139,7 +149,12 @@ class Answer:
         return {
             "tokens": tokens,
             "token_logprobs": logprobs,
-            "top_logprobs": None,
+            "top_logprobs": [
+                dict(top) | {token: logprob}
+                for top, token, logprob in zip(tops, tokens, logprobs, strict=True)
+            ]
+            if tops
+            else None,
             "text_offset": offsets,
         }
 
@@ -150,9 +165,10 @@ class Answer:
         return f" {text}" if word.startswith("▁") and not text.startswith(" ") else text
 
 
-def _bytes(token: str) -> list[int] | None:
-    """Its UTF-8; None where it is a part of a character."""
-    return None if "\ufffd" in token else list(token.encode())
+def _entry(token: str, logprob: float) -> dict[str, Any]:
+    """Of a chat's log-probabilities, with the token's UTF-8 unless it is a part of a character."""
+    utf8 = None if "\ufffd" in token else list(token.encode())
+    return {"token": token, "logprob": logprob, "bytes": utf8}
 
 
 def _reason(delta: Delta) -> str | None:

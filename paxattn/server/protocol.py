@@ -13,6 +13,7 @@ from paxattn.server.chat import ChatTemplate
 from paxattn.server.errors import ApiError
 from paxattn.server.fields import Fields, is_tokens
 from paxattn.serving import Engine, RequestOptions
+from paxattn.serving.top_logprobs import MOST
 
 _MOST_STOPS = 16
 _MOST_SAMPLES = 128
@@ -45,6 +46,8 @@ _COMMON = {
     "temperature",
     "top_p",
     "n",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "stop",
     "stream",
@@ -52,11 +55,8 @@ _COMMON = {
     "logprobs",
 }
 # What is not there, with the values that ask for nothing.
-_PENALTY = "there is repetition_penalty instead: 1 is none"
 _NO_TOOLS = "this server calls no tools"
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "frequency_penalty": ((0,), _PENALTY),
-    "presence_penalty": ((0,), _PENALTY),
     "logit_bias": (({},), "this server biases no logits"),
 }
 _UNSUPPORTED_IN_COMPLETIONS = _UNSUPPORTED | {
@@ -70,7 +70,6 @@ _UNSUPPORTED_IN_CHAT = _UNSUPPORTED | {
     "function_call": (("none", "auto"), _NO_TOOLS),
     "response_format": (({"type": "text"},), "this server does not constrain the format"),
     "modalities": ((["text"],), "this server writes text"),
-    "top_logprobs": ((0,), "this server knows the log-probabilities of chosen tokens only"),
 }
 
 
@@ -122,9 +121,9 @@ class Reader:
         own = {"prompt", "echo", *_UNSUPPORTED_IN_COMPLETIONS}
         fields = self._fields(body, own, _UNSUPPORTED_IN_COMPLETIONS)
         prompts = self._prompts(fields)
-        # OpenAI: the likeliest so many, and the chosen one besides.
-        fields.only("logprobs", (0,), "this server knows those of chosen tokens only: pass 0")
         logprobs, echo = fields.get("logprobs") is not None, fields.flag("echo")
+        # The likeliest so many, and the chosen one besides.
+        top = fields.integer("logprobs", 0, 0, MOST)
         if logprobs and echo:
             raise ApiError("echo and logprobs do not go together here", param="echo")
         new = fields.integer("max_tokens", min(16, self.engine.longest - 1), 0, 2**31 - 1)
@@ -132,7 +131,7 @@ class Reader:
             chat=False,
             prompts=prompts,
             echoes=[self._echo(prompt) if echo else "" for prompt in prompts],
-            options=self._options(fields, prompts, new),
+            options=self._options(fields, prompts, new, top),
             logprobs=logprobs,
             **self._streaming(fields),
         )
@@ -143,8 +142,11 @@ class Reader:
         Raises:
             ApiError: it asks for what there is not.
         """
-        own = {"messages", "max_completion_tokens", "chat_template_kwargs", *_UNSUPPORTED_IN_CHAT}
-        fields = self._fields(body, own, _UNSUPPORTED_IN_CHAT)
+        own = {"messages", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"}
+        fields = self._fields(body, own | set(_UNSUPPORTED_IN_CHAT), _UNSUPPORTED_IN_CHAT)
+        logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 0, MOST)
+        if top and not logprobs:
+            raise ApiError("top_logprobs goes with logprobs only", param="top_logprobs")
         prompt = self._conversation(fields)
         left = max(1, self.engine.longest - len(prompt))
         new = fields.integer("max_tokens", left, 1, 2**31 - 1)
@@ -153,8 +155,8 @@ class Reader:
             chat=True,
             prompts=[prompt],
             echoes=[""],
-            options=self._options(fields, [prompt], new),
-            logprobs=fields.flag("logprobs"),
+            options=self._options(fields, [prompt], new, top),
+            logprobs=logprobs,
             **self._streaming(fields),
         )
 
@@ -174,7 +176,9 @@ class Reader:
             fields.only(name, values, why)
         return fields
 
-    def _options(self, fields: Fields, prompts: list[list[int]], new: int) -> RequestOptions:
+    def _options(
+        self, fields: Fields, prompts: list[list[int]], new: int, top: int
+    ) -> RequestOptions:
         """What goes to the engine, with ``new`` tokens for each completion."""
         longest, limit = max(map(len, prompts)), self.engine.longest
         if longest + new > limit:
@@ -200,6 +204,8 @@ class Reader:
             top_k=max(0, fields.integer("top_k", 0, -1, 2**31 - 1)),  # elsewhere -1 is all of them
             min_p=fields.number("min_p", 0.0, 0.0, 1.0),
             repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100.0),
+            frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+            presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
             seed=seed,
         )
         ends = () if fields.flag("ignore_eos") else self.stop_token_ids
@@ -210,6 +216,7 @@ class Reader:
             "stop_token_ids": [*ends, *fields.tokens("stop_token_ids")],
             "stop": fields.texts("stop", _MOST_STOPS),
             "priority": fields.integer("priority", 0, -(2**31), 2**31 - 1),
+            "top_logprobs": min(top, self.engine.model.config.vocab_size),
         }
 
     def _streaming(self, fields: Fields) -> dict[str, bool]:

@@ -25,6 +25,7 @@ from paxattn.serving.snapshot import load_state, save_state
 from paxattn.serving.state import ServeState, init_serve, new_request, put, stop
 from paxattn.serving.stats import EngineStats, Meter, counters, engine_stats
 from paxattn.serving.step import serve
+from paxattn.serving.top_logprobs import latest
 from paxattn.step import check_model
 
 _serve = jax.jit(serve, donate_argnames="state", static_argnames=("logits_processor", "scrub"))
@@ -40,7 +41,7 @@ class QueueFull(RuntimeError):
 def _news(
     state: ServeState, read: jax.Array, *, count: int
 ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
-    """Of each request status, length and what it generated after ``read`` i32[Q] tokens; counts."""
+    """Of each request how it stands, and what it generated after ``read`` i32[Q] tokens; counts."""
     requests = state.requests
     start = requests.prompt_len + read
     place = start[:, None] + jnp.arange(count, dtype=jnp.int32)
@@ -49,7 +50,8 @@ def _news(
         field.at[lines, place].get(mode="fill", fill_value=0)
         for field in (requests.tokens, requests.logprobs)
     )
-    return (requests.status, requests.num_tokens - start, tokens, logprobs), counters(state)
+    news = requests.status, requests.num_tokens - start, tokens, logprobs, requests.cached_tokens
+    return news, counters(state)
 
 
 class Engine:
@@ -139,6 +141,7 @@ class Engine:
             max_tokens=self.max_tokens,
             step_tokens=step_tokens,
             max_stop_ids=max_stop_ids,
+            steps_per_read=steps_per_read,
             watermark=watermark,
             remember=prefix_cache,
         )
@@ -175,6 +178,7 @@ class Engine:
         state = replace(self._state, requests=requests)
         self._state = _stop(state, np.zeros(self.max_requests, bool), scrub=self._scrub)
         self._run(0)
+        self._read_top(self._places.read())
         _ = self.stats
 
     def add_request(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> int:
@@ -268,8 +272,8 @@ class Engine:
         self._pace.took(storing, ran, now - began)
         return sorted([*news, *new], key=lambda delta: delta.index)
 
-    def _run(self, steps: int) -> tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]:
-        """Run a block, and read what is new; see `_news`."""
+    def _run(self, steps: int) -> tuple[tuple[Any, ...], dict[str, np.ndarray]]:
+        """Run a block, and read what is new; see `Places.take`."""
         self._state = _serve(
             self.model,
             self._host_pages.between_blocks(self._state, scrub=self._scrub),
@@ -277,7 +281,12 @@ class Engine:
             logits_processor=self._logits_processor,
             scrub=self._scrub,
         )
-        return jax.device_get(_news(self._state, self._places.read(), count=self._most_steps))
+        read = self._places.read()
+        news, device = jax.device_get(_news(self._state, read, count=self._most_steps))
+        return (*news, self._read_top(read) if self._places.want_top else None), device
+
+    def _read_top(self, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return jax.device_get(latest(self._state.top, read, count=self._most_steps))
 
     def _stop(self, mask: np.ndarray) -> None:
         if mask.any():

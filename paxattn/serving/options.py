@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from paxattn.requests import Prompt, check_salt, integer, prompt_ids, stop_strings, stop_tokens
 from paxattn.sampling import SamplingParams
 from paxattn.serving.state import Requests, ServeState, new_request
+from paxattn.serving.top_logprobs import MOST
 
 
 class RequestOptions(TypedDict, total=False):
@@ -28,6 +29,8 @@ class RequestOptions(TypedDict, total=False):
         stop: strings that end it and are left out of its text; needs the engine's tokenizer.
         priority: any int32, 0 by default; the highest go first.
         salt: any int32, 0 by default; only requests of the same salt share pages.
+        top_logprobs: so many of the likeliest tokens are told with each generated one, from 0, by
+            default, to 20; see `Delta`.
     """
 
     max_new_tokens: int
@@ -37,6 +40,7 @@ class RequestOptions(TypedDict, total=False):
     stop: Sequence[str] | None
     priority: int
     salt: int
+    top_logprobs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +52,14 @@ class Prepared:
         samples: what goes to the device, one for each completion; the ``arrival`` is for whoever
             puts it in a place to set.
         stop: strings that end a completion.
+        top_logprobs: see `RequestOptions`.
         time: when that was.
     """
 
     prompt: list[int]
     samples: list[Requests]
     stop: Sequence[str]
+    top_logprobs: int
     time: float = field(default_factory=time.perf_counter)
 
 
@@ -83,6 +89,7 @@ def prepare_request(
     stop: Sequence[str] | None = None,
     priority: int = 0,
     salt: int = 0,
+    top_logprobs: int = 0,
 ) -> Prepared:
     """Check a request; of the state only its sizes are looked at.
 
@@ -101,6 +108,9 @@ def prepare_request(
         raise ValueError(
             f"{num_samples=} must be at least 1, and at most {state.capacity} (max_requests)"
         )
+    most = min(MOST, vocab_size)
+    if not 0 <= integer("top_logprobs", top_logprobs) <= most:
+        raise ValueError(f"{top_logprobs=} must be at least 0, and at most {most}")
     first = new_request(
         state,
         ids,
@@ -109,6 +119,7 @@ def prepare_request(
         stop_ids=stop_tokens(stop_token_ids, vocab_size),
         priority=int(priority),
         salt=check_salt(salt, "a request"),
+        top_logprobs=int(top_logprobs),
     )
     needed = int(state.most_pages(len(ids) + new - 1))  # the last token is never stored
     if needed > table.num_pages:
@@ -120,4 +131,9 @@ def prepare_request(
     samples = [
         replace(first, sampling=replace(first.sampling, seed=jnp.uint32(seed))) for seed in seeds
     ]
-    return Prepared(prompt=ids, samples=samples, stop=stop_strings(stop, tokenizer))
+    return Prepared(
+        prompt=ids,
+        samples=samples,
+        stop=stop_strings(stop, tokenizer),
+        top_logprobs=int(top_logprobs),
+    )

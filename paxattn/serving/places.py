@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ class Asked:
         reading: what was read of it.
         stop: strings that end it.
         prompt_len: tokens.
+        top_logprobs: how many of the likeliest tokens it is told.
         time: when it came, or when the last of its tokens were handed over.
     """
 
@@ -35,11 +36,16 @@ class Asked:
     reading: Reading
     stop: Sequence[str]
     prompt_len: int
+    top_logprobs: int
     time: float
 
 
 def _asked(
-    index: int, prompt: list[int], stop: Sequence[str], tokenizer: Tokenizer | None
+    index: int,
+    prompt: list[int],
+    stop: Sequence[str],
+    top_logprobs: int,
+    tokenizer: Tokenizer | None,
 ) -> Asked:
     """A request of which nothing was read."""
     text = None if tokenizer is None else TextStream(tokenizer, stop, prompt)
@@ -48,6 +54,7 @@ def _asked(
         reading=Reading(index, text),
         stop=stop,
         prompt_len=len(prompt),
+        top_logprobs=top_logprobs,
         time=time.perf_counter(),
     )
 
@@ -75,7 +82,7 @@ class Places:
     def enter(self, index: int, prepared: Prepared, tokenizer: Tokenizer | None) -> int:
         """Take a free place for one of the samples; which one."""
         place = self._all.index(None)
-        asked = _asked(index, prepared.prompt, prepared.stop, tokenizer)
+        asked = _asked(index, prepared.prompt, prepared.stop, prepared.top_logprobs, tokenizer)
         asked.time = prepared.time
         self._all[place] = asked
         return place
@@ -91,19 +98,27 @@ class Places:
         self, saved: list[Any], requests: Requests, tokenizer: Tokenizer | None
     ) -> list[Delta]:
         """Take places as they were `saved`, their requests being on the device; what was read."""
-        lens, *lines = jax.device_get((requests.prompt_len, requests.tokens, requests.logprobs))
+        lens, tops, *lines = jax.device_get(
+            (requests.prompt_len, requests.top_logprobs, requests.tokens, requests.logprobs)
+        )
         told: list[Delta] = []
         for place, one in enumerate(saved):
             if one is None:
                 continue
             index, read, stop = one
             start = int(lens[place])
-            asked = _asked(index, lines[0][place, :start].tolist(), stop, tokenizer)
+            prompt = lines[0][place, :start].tolist()
+            asked = _asked(index, prompt, stop, int(tops[place]), tokenizer)
             tokens, logprobs = (line[place, start : start + read].tolist() for line in lines)
             delta, _ = asked.reading.take(tokens, logprobs, Status.RUNNING)
             told += [] if delta is None else [delta]
             self._all[place] = asked
         return sorted(told, key=lambda delta: delta.index)
+
+    @property
+    def want_top(self) -> bool:
+        """Whether one of them is told the likeliest tokens."""
+        return any(asked.top_logprobs for _, asked in self)
 
     @property
     def storing(self) -> bool:
@@ -129,6 +144,8 @@ class Places:
         counts: np.ndarray,
         tokens: np.ndarray,
         logprobs: np.ndarray,
+        cached_tokens: np.ndarray,
+        top: tuple[np.ndarray, np.ndarray] | None,
         *,
         meter: Meter,
         now: float,
@@ -140,6 +157,9 @@ class Places:
             counts: i32[Q], tokens that are new.
             tokens: i32[Q, most], the first ``counts`` are new.
             logprobs: f32[Q, most], of them.
+            cached_tokens: i32[Q].
+            top: the likeliest tokens in their places, if anybody wants them, i32[Q, most, MOST]
+                and f32[Q, most, MOST].
             meter: counts them.
             now: when they were read.
 
@@ -154,6 +174,12 @@ class Places:
             new = tokens[place, :count].tolist(), logprobs[place, :count].tolist()
             delta, ended[place] = reading.take(*new, Status(status[place]))
             if delta is not None:
+                delta = replace(delta, cached_tokens=max(0, int(cached_tokens[place])))
+                if asked.top_logprobs and top is not None:
+                    count, most = len(delta.tokens), asked.top_logprobs
+                    ids, values = (field[place, :count, :most].tolist() for field in top)
+                    pairs = [list(zip(*one, strict=True)) for one in zip(ids, values, strict=True)]
+                    delta = replace(delta, top_logprobs=pairs)
                 news.append(delta)
             if count:
                 meter.handed_over(count, now - asked.time, first=first)

@@ -189,10 +189,13 @@ def admit(state: ServeState) -> ServeState:
         )
         pool = leave_behind(pool, state.window, scrub=False)  # cached: nothing comes to be free
         found = jnp.where(start, pool.table.kv_lens, 0)
+        cached = requests.cached_tokens
+        first = jnp.where(cached[head] < 0, pool.table.kv_lens[row], cached[head])
         return replace(
             state,
             pool=pool,
             owners=state.owners.at[row].set(head),
+            requests=replace(requests, cached_tokens=cached.at[head].set(first)),
             use=count_cached(state.use, found),
         )
 

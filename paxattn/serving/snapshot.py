@@ -110,7 +110,9 @@ def _arrays(state: ServeState) -> dict[str, np.ndarray]:
     """All other arrays, by their place in the pytree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     named = {jax.tree_util.keystr(place): leaf for place, leaf in leaves}
-    rest = {name: leaf for name, leaf in named.items() if name not in _pages(state.pool.cache)}
+    # What was likeliest besides is read by now.
+    others = (*_pages(state.pool.cache), ".top.tokens", ".top.logprobs")
+    rest = {name: leaf for name, leaf in named.items() if name not in others}
     return {name: _plain(array) for name, array in jax.device_get(rest).items()}
 
 

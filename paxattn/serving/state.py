@@ -25,6 +25,7 @@ from paxattn.decode_step import Status
 from paxattn.page_table.pages import pages_for
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.sampling import RowSampling, SamplingParams, row_sampling
+from paxattn.serving.top_logprobs import TopLogprobs, no_top_logprobs
 from paxattn.step import LanguageModel, PoolUse, no_use, window_of
 
 NEVER = 2**31 - 1  # tokens
@@ -45,6 +46,8 @@ class Requests:
         max_new_tokens: i32[Q]; ``prompt_len + max_new_tokens`` is at most L.
         stop_ids: i32[Q, S], tokens that end the request, padded with -1.
         salt: i32[Q], only requests of the same salt share pages, see `prefix_cache.match`.
+        top_logprobs: i32[Q], positive if the likeliest tokens are wanted too, see `TopLogprobs`.
+        cached_tokens: i32[Q], tokens that pages held when it was first admitted; -1 before.
         sampling: parameters per request.
         tokens: i32[Q, L], the first ``num_tokens`` are valid.
         logprobs: f32[Q, L], of the generated ones.
@@ -58,6 +61,8 @@ class Requests:
     max_new_tokens: jax.Array
     stop_ids: jax.Array
     salt: jax.Array
+    top_logprobs: jax.Array
+    cached_tokens: jax.Array
     sampling: RowSampling
     tokens: jax.Array
     logprobs: jax.Array
@@ -91,6 +96,7 @@ class ServeState:
         pool: the pages and who owns them.
         owners: i32[R], the request that each row runs; Q: none.
         requests: all there are.
+        top: the likeliest tokens in the places of those latest generated, for who asked.
         policy: see `Policy`.
         use: how the pool was used.
         preemptions: i32[], times a running request had to give its pages back.
@@ -103,6 +109,7 @@ class ServeState:
     pool: Pool
     owners: jax.Array
     requests: Requests
+    top: TopLogprobs
     policy: Policy
     use: PoolUse
     preemptions: jax.Array
@@ -140,6 +147,7 @@ def init_serve(
     max_tokens: int,
     step_tokens: int,
     max_stop_ids: int = 8,
+    steps_per_read: int = 64,
     watermark: int | None = None,
     remember: bool = True,
 ) -> ServeState:
@@ -154,6 +162,7 @@ def init_serve(
         max_tokens: L, of a request, prompt and generated.
         step_tokens: tokens that a step has room for, at least ``max_seqs``; also the token budget.
         max_stop_ids: S, tokens that may end a request.
+        steps_per_read: most steps after which `ServeState.top` is read.
         watermark: see `Policy`; a hundredth of the pages by default.
         remember: with a prefix cache.
 
@@ -187,6 +196,8 @@ def init_serve(
         max_new_tokens=zeros(),
         stop_ids=jnp.full((max_requests, max_stop_ids), -1, jnp.int32),
         salt=zeros(),
+        top_logprobs=zeros(),
+        cached_tokens=zeros() - 1,
         sampling=row_sampling([], max_requests),
         tokens=jnp.zeros((max_requests, max_tokens), jnp.int32),
         logprobs=jnp.zeros((max_requests, max_tokens), jnp.float32),
@@ -196,6 +207,7 @@ def init_serve(
         pool=pool,
         owners=jnp.full((max_seqs,), max_requests, jnp.int32),
         requests=requests,
+        top=no_top_logprobs(max_requests, steps_per_read),
         policy=Policy(
             token_budget=jnp.int32(step_tokens),
             watermark=jnp.int32(watermark),
@@ -220,6 +232,7 @@ def new_request(
     stop_ids: Sequence[int] = (),
     priority: int = 0,
     salt: int = 0,
+    top_logprobs: int = 0,
 ) -> Requests:
     """One request, ready to be `put`; see `Requests`.
 
@@ -247,6 +260,8 @@ def new_request(
         max_new_tokens=jnp.int32(max_new_tokens),
         stop_ids=jnp.asarray(ends),
         salt=jnp.int32(salt),
+        top_logprobs=jnp.int32(top_logprobs),
+        cached_tokens=jnp.int32(-1),
         # By numpy: a device takes 200 us for each.
         sampling=jax.tree.map(lambda column: np.asarray(column)[0], row_sampling([sampling], 1)),
         tokens=jnp.asarray(line),

@@ -12,8 +12,10 @@ from jax import lax
 
 from paxattn.decode_step import Status, take_in
 from paxattn.page_table import release, token_rows
+from paxattn.penalties import count_tokens
 from paxattn.pool import Pool, leave_behind, remember_rows, with_table
-from paxattn.sampling import LogitsProcessor, sample
+from paxattn.sampling import LogitsProcessor, row_sampling, sample
+from paxattn.serving import top_logprobs
 from paxattn.serving.schedule import admit, make_way, of_rows, to_bring_back, tokens_left
 from paxattn.serving.state import ServeState
 from paxattn.step import LanguageModel, run_tokens
@@ -43,18 +45,21 @@ def serve_step(
     state = replace(state, pool=pool)
 
     requests = state.requests
-    # An idle row is given the last request's parameters, and nobody reads what comes of it.
     owned = jax.tree.map(lambda field: field.at[state.owners].get(mode="clip"), requests.sampling)
+    # Where nothing is to be sampled, nothing special is.
+    owned = jax.tree.map(partial(jnp.where, complete), owned, row_sampling([], complete.size))
     num_tokens = of_rows(state, requests.num_tokens)
     num_generated = num_tokens - of_rows(state, requests.prompt_len)
     logits = model.logits(hidden)
-    penalized = jnp.any(complete & (owned.repetition_penalty != 1.0))
-    seen = lax.cond(
-        penalized,
-        lambda: tokens_seen(state, vocab_size=logits.shape[-1]),
-        lambda: jnp.zeros(logits.shape, bool),
-    )
-    token, logprob = sample(logits, owned, num_generated, seen, logits_processor)
+
+    def counts() -> jax.Array:
+        lines = requests.tokens.at[state.owners].get(mode="clip")
+        return count_tokens(lines, num_tokens - num_generated, num_tokens, logits.shape[-1])
+
+    token, logprob = sample(logits, owned, num_generated, counts, logits_processor)
+    asked = complete & (of_rows(state, requests.top_logprobs) > 0)
+    whose = jnp.where(asked, state.owners, state.capacity)
+    state = replace(state, top=top_logprobs.note(state.top, logits, whose, num_generated))
     stored = (q_lens > 1) | (complete & (num_generated == 0))
     return record(state, token, logprob, complete, stored, scrub=scrub)
 
@@ -99,16 +104,6 @@ def run_if(
         return jnp.bool_(False), run(carry[1][0])
 
     return lax.while_loop(lambda carry: carry[0], body, (condition, done))[1]
-
-
-def tokens_seen(state: ServeState, *, vocab_size: int) -> jax.Array:
-    """The tokens of each row's request so far, bool[R, V], read from its line."""
-    requests = state.requests
-    lines = requests.tokens.at[state.owners].get(mode="clip")
-    place = jnp.arange(lines.shape[1], dtype=jnp.int32)
-    known = jnp.where(place < of_rows(state, requests.num_tokens)[:, None], lines, vocab_size)
-    seen = jnp.zeros((state.owners.size, vocab_size), bool)
-    return seen.at[jnp.arange(state.owners.size)[:, None], known].set(True, mode="drop")
 
 
 def record(
