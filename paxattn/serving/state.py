@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from paxattn.decode_step import Status
 from paxattn.page_table.pages import pages_for
@@ -142,6 +143,7 @@ def init_serve(
     max_stop_ids: int = 8,
     watermark: int | None = None,
     remember: bool = True,
+    kv_dtype: DTypeLike | None = None,
 ) -> ServeState:
     """A server without requests.
 
@@ -156,6 +158,7 @@ def init_serve(
         max_stop_ids: S, tokens that may end a request.
         watermark: see `Policy`; a hundredth of the pages by default.
         remember: with a prefix cache.
+        kv_dtype: of the pages; None: the model's own.
 
     Raises:
         ValueError: a size is not a positive integer, or too small for another.
@@ -169,7 +172,7 @@ def init_serve(
     if max_requests < max_seqs:
         raise ValueError(f"{max_requests=} must be at least {max_seqs=}: rows run requests")
     pool = init_pool(
-        model.init_cache(num_pages=num_pages, page_size=page_size),
+        model.init_cache(num_pages=num_pages, page_size=page_size, dtype=kv_dtype),
         max_seqs=max_seqs,
         max_pages_per_seq=-(-max_tokens // page_size),
         remember=remember,
