@@ -11,10 +11,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from paxattn.page_table.state import check_pool
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.prefix_cache import CacheStats
+from paxattn.quantized import page_dtype_name
 from paxattn.step import LanguageModel, check_model
 
 
@@ -36,25 +38,36 @@ class KeptPool:
         model: whose keys and values the pages hold. After a change of its weights, `clear`.
         num_pages: pages in the pool.
         page_size: tokens per page.
+        kv_dtype: the name of the pages' dtype; None: the model's own.
         stats: what the cache did for the calls that are over, `prefix_cache.CacheStats` of numbers.
             What prompts of one call share with each other is in that call's own ``stats``.
     """
 
-    def __init__(self, model: LanguageModel, *, num_pages: int, page_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        num_pages: int,
+        page_size: int = 16,
+        kv_dtype: DTypeLike | None = None,
+    ) -> None:
         """Allocates nothing yet.
 
         Args:
             model: see `step.LanguageModel`.
             num_pages: pages in the pool.
             page_size: tokens per page, 1 to 256.
+            kv_dtype: of the pages, as for `generate`.
 
         Raises:
             TypeError: the model is none.
-            ValueError: a size is not a positive integer, or too large.
+            ValueError: a size is not a positive integer, or too large; or pages cannot have the
+                dtype.
         """
         check_model("model", model)
         self.model = model
         self.num_pages, self.page_size = check_pool(num_pages, page_size)
+        self.kv_dtype = page_dtype_name(kv_dtype)
         self._in_use = False
         self.clear()
 
@@ -77,7 +90,9 @@ class KeptPool:
             )
         pool, rows = self._pool, len(salts)
         if pool is None:
-            cache = self.model.init_cache(num_pages=self.num_pages, page_size=self.page_size)
+            cache = self.model.init_cache(
+                num_pages=self.num_pages, page_size=self.page_size, dtype=self.kv_dtype
+            )
             pool = init_pool(cache, max_seqs=1, max_pages_per_seq=1, remember=True)
         table = replace(
             pool.table,

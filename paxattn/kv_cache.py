@@ -2,7 +2,8 @@
 
 Layout (documented here once; everything else goes through the functions below):
 
-    k_pages, v_pages   [num_layers, num_pages, num_kv_heads, page_size, head_dim]
+    k_pages, v_pages     [num_layers, num_pages, num_kv_heads, page_size, head_dim]
+    k_scales, v_scales   [num_layers, num_pages, num_kv_heads, page_size], of fp8 and int8 pages
 
 A *page* holds ``page_size`` consecutive tokens of one sequence, for all layers and heads. One
 ``[page_size, head_dim]`` tile per (layer, page, head) is contiguous, which is what a kernel copies
@@ -21,13 +22,19 @@ Worked example: ``page_size=4``, ``num_pages=6``; row 0 holds 6 tokens in pages 
 next token, number 6, goes to slot 2. With 2 layers, 3 KV heads, head_dim 8 and bf16 a page takes
 ``2 * 2 * 3 * 4 * 8 * 2 = 768`` bytes (the first 2 for K and V) and a token a quarter of that.
 
+Quantised pages (float8_e4m3fn, int8) hold numbers in units of a scale for each token and head, see
+`quantized` for what that costs and why it is so. The scales lie beside the pages, by the same
+indices, and go wherever these go: what a page holds is right after any step of the table, because
+a token's numbers depend on no other token. The page above takes 384 + 2 * 2 * 3 * 4 * 2 = 480 bytes
+in int8.
+
 The arrays are meant to be donated to the jitted step and carried through its loops: `write` and
 `copy_pages` then change them in place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -40,6 +47,7 @@ from paxattn.page_table import PageCopies
 from paxattn.page_table.inputs import as_integers, check_positive
 from paxattn.page_table.pages import varying_like
 from paxattn.page_table.state import check_pool
+from paxattn.quantized import SCALE_DTYPE, head_bytes, is_quantized, page_dtype, quantize
 
 
 @jax.tree_util.register_dataclass
@@ -48,12 +56,18 @@ class KVCache:
     """Keys and values of all layers, in pages.
 
     Attributes:
-        k_pages: ``[num_layers, num_pages, num_kv_heads, page_size, head_dim]``, floating point.
+        k_pages: ``[num_layers, num_pages, num_kv_heads, page_size, head_dim]``, in one of
+            `quantized.PAGE_DTYPES`.
         v_pages: the same shape and dtype.
+        k_scales: bf16 ``[num_layers, num_pages, num_kv_heads, page_size]`` of quantised pages:
+            what numbers of ``k_pages`` are multiplied by; None: pages hold floats as they are.
+        v_scales: the same of ``v_pages``.
     """
 
     k_pages: jax.Array
     v_pages: jax.Array
+    k_scales: jax.Array | None = None
+    v_scales: jax.Array | None = None
 
     @property
     def num_layers(self) -> int:
@@ -82,14 +96,18 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes over all layers."""
-        itemsize = jnp.dtype(self.k_pages.dtype).itemsize
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        """Bytes of K and V that one token takes over all layers, scales included."""
+        per_head = head_bytes(self.head_dim, self.k_pages.dtype)
+        return 2 * self.num_layers * self.num_kv_heads * per_head
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of K and V that one page takes over all layers."""
         return self.bytes_per_token * self.page_size
+
+    def query_dtype(self, dtype: DTypeLike) -> np.dtype:
+        """The dtype that a model's queries take to attend: float pages' own, else theirs."""
+        return jnp.dtype(dtype if self.k_scales is not None else self.k_pages.dtype)
 
 
 def init_kv_cache(
@@ -109,7 +127,7 @@ def init_kv_cache(
         page_size: tokens per page, 1 to 256, as in the `PageTable` used with it.
         num_kv_heads: key/value heads per layer.
         head_dim: elements per head.
-        dtype: float32, bfloat16 or float16, which is what attention reads.
+        dtype: float32, bfloat16 or float16; or float8_e4m3fn ("fp8") or int8, with scales.
 
     Raises:
         ValueError: a size is not a positive integer, `page_size` is above 256, the slots would
@@ -119,19 +137,23 @@ def init_kv_cache(
     num_layers = check_positive("num_layers", num_layers)
     num_kv_heads = check_positive("num_kv_heads", num_kv_heads)
     head_dim = check_positive("head_dim", head_dim)
-    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be float32, bfloat16 or float16")
+    dtype = page_dtype(dtype)
     shape = num_layers, num_pages, num_kv_heads, page_size, head_dim
-    return KVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
+    cache = KVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
+    if not is_quantized(dtype):
+        return cache
+    scales = (jnp.zeros(shape[:-1], SCALE_DTYPE) for _ in range(2))
+    return replace(cache, k_scales=next(scales), v_scales=next(scales))
 
 
 def write(
     cache: KVCache, layer: ArrayLike, slots: ArrayLike, k: jax.Array, v: jax.Array
 ) -> KVCache:
-    """Store one layer's new keys and values.
+    """Store one layer's new keys and values, quantised if the pages are.
 
-    In place on a donated cache, with one exception: on CPUs, jax 0.10 computes bf16 scatters in
-    f32 and passes the whole pool through a conversion. Use f32 or f16 pages there.
+    In place on a donated cache, with exceptions on CPUs, where XLA computes some scatters in a
+    wider dtype and passes the whole pool through a conversion: those of bf16 with jax 0.10 (of int8
+    pages that is the scales, a thirtieth of all), those of fp8 always. Use f32, f16 or int8 there.
 
     Plain scatters on GPUs too: in a decoder's step compiled for an H200, XLA makes one kernel for K
     and one for V, in place, and computes the rotary embedding of K inside; a kernel written by hand
@@ -145,7 +167,7 @@ def write(
         slots: i32[T], from `page_table.slot_mapping`: distinct. Slots at or beyond
             ``num_pages * page_size`` are dropped, which is how inactive tokens write nothing, and
             so are negative ones.
-        k: ``[T, num_kv_heads, head_dim]``, cast to the cache's dtype.
+        k: ``[T, num_kv_heads, head_dim]``, cast (or quantised) to the cache's dtype.
         v: ``[T, num_kv_heads, head_dim]``.
 
     Raises:
@@ -178,10 +200,15 @@ def write(
         return pool.at[at].set(new, **options)
 
     def store(pool: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.astype(pool.dtype)
         return lax.platform_dependent(pool, new, tpu=by_head, default=by_token)
 
-    return KVCache(k_pages=store(cache.k_pages, k), v_pages=store(cache.v_pages, v))
+    dtype = cache.k_pages.dtype
+    if cache.k_scales is None:
+        tokens = KVCache(k_pages=k.astype(dtype), v_pages=v.astype(dtype))
+    else:
+        (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
+        tokens = KVCache(k_pages=k, v_pages=v, k_scales=k_scales, v_scales=v_scales)
+    return jax.tree.map(store, cache, tokens)
 
 
 def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
@@ -197,17 +224,16 @@ def copy_pages(cache: KVCache, copies: PageCopies) -> KVCache:
         copies: from `page_table.reserve`; the first ``count`` pairs are copied, in order.
     """
 
-    def copy_one(i: jax.Array, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def copy_one(i: jax.Array, cache: KVCache) -> KVCache:
         def move(pool: jax.Array) -> jax.Array:
             page = lax.dynamic_slice_in_dim(pool, copies.src[i], 1, axis=1)
             return lax.dynamic_update_slice_in_dim(pool, page, copies.dst[i], axis=1)
 
-        return tuple(move(pool) for pool in pools)
+        return jax.tree.map(move, cache)
 
     orders = copies.src, copies.dst, copies.count
-    pools = tuple(varying_like(pool, *orders) for pool in (cache.k_pages, cache.v_pages))
-    k_pages, v_pages = lax.fori_loop(0, copies.count, copy_one, pools)
-    return KVCache(k_pages=k_pages, v_pages=v_pages)
+    cache = jax.tree.map(lambda pool: varying_like(pool, *orders), cache)
+    return lax.fori_loop(0, copies.count, copy_one, cache)
 
 
 def move_slots(cache: KVCache, src: ArrayLike, dst: ArrayLike) -> KVCache:
@@ -233,7 +259,7 @@ def move_slots(cache: KVCache, src: ArrayLike, dst: ArrayLike) -> KVCache:
         tokens = pool.at[:, src // size, :, src % size].get(mode="clip")
         return pool.at[:, to, :, dst % size].set(tokens, mode="drop", unique_indices=True)
 
-    return KVCache(k_pages=move(cache.k_pages), v_pages=move(cache.v_pages))
+    return jax.tree.map(move, cache)
 
 
 def scrub(cache: KVCache, pages: ArrayLike, start: ArrayLike, stop: ArrayLike) -> KVCache:
@@ -255,15 +281,18 @@ def scrub(cache: KVCache, pages: ArrayLike, start: ArrayLike, stop: ArrayLike) -
     pages = as_integers("pages", pages, None)
     if pages.size == 0:
         return cache
-    zeros = jnp.zeros_like(cache.k_pages, shape=(cache.num_layers, *cache.k_pages.shape[2:]))
 
-    def zero_one(i: jax.Array, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def zero_one(i: jax.Array, cache: KVCache) -> KVCache:
         page = jnp.where(pages[i] < 0, cache.num_pages, pages[i])
-        return tuple(pool.at[:, page].set(zeros, mode="drop") for pool in pools)
+
+        def zero(pool: jax.Array) -> jax.Array:
+            zeros = jnp.zeros_like(pool, shape=(pool.shape[0], *pool.shape[2:]))
+            return pool.at[:, page].set(zeros, mode="drop")
+
+        return jax.tree.map(zero, cache)
 
     # A negative start would count from the end.
     start = jnp.maximum(as_integers("start", start, ()), 0)
     stop = jnp.minimum(as_integers("stop", stop, ()), pages.shape[0])
-    pools = tuple(varying_like(x, pages, start, stop) for x in (cache.k_pages, cache.v_pages))
-    k_pages, v_pages = lax.fori_loop(start, stop, zero_one, pools)
-    return KVCache(k_pages=k_pages, v_pages=v_pages)
+    cache = jax.tree.map(lambda pool: varying_like(pool, pages, start, stop), cache)
+    return lax.fori_loop(start, stop, zero_one, cache)

@@ -42,7 +42,9 @@ def _fill(
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     leader = rows // sizes.group * sizes.group
     if pool is None:
-        cache = model.init_cache(num_pages=sizes.num_pages, page_size=sizes.page_size)
+        cache = model.init_cache(
+            num_pages=sizes.num_pages, page_size=sizes.page_size, dtype=sizes.kv_dtype
+        )
         pool = init_pool(cache, max_seqs=num_rows, max_pages_per_seq=sizes.max_pages_per_seq)
     lens = jnp.where(rows == leader, jnp.maximum(lens - 1, 0), 0)
     pool, use, ok = prefill(model, pool, no_use(), packed, lens, chunk=sizes.chunk, scrub=scrub)

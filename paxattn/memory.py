@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from paxattn.page_table.inputs import INT32_MAX
 from paxattn.page_table.state import SLOT_HEADROOM
+from paxattn.quantized import head_bytes, page_dtype
 
 _INT32 = 4
 _MOST = INT32_MAX - SLOT_HEADROOM  # slots, and entries of all rows, that a page table may have
@@ -31,7 +32,7 @@ class MemoryPlan:
       cache_bytes: what the cache takes, `num_pages * bytes_per_page`.
       table_bytes: what the page table takes.
       page_size: tokens per page.
-      bytes_per_token: keys and values of one token over all layers.
+      bytes_per_token: keys and values of one token over all layers, scales included.
       bytes_per_page: the same for a page.
       num_pages: pages in the pool: all that fit, those that sequences leave over among them.
       max_pages_per_seq: pages of a sequence of `max_len` tokens.
@@ -74,7 +75,8 @@ def bytes_per_token(
 ) -> int:
     """Bytes of keys and values that one token takes over all layers.
 
-    32 layers, 32 heads of 128 and float16 are 2 * 32 * 32 * 128 * 2 = 524,288 bytes.
+    32 layers, 32 heads of 128 and float16 are 2 * 32 * 32 * 128 * 2 = 524,288 bytes; int8 with its
+    scales takes 2 * 32 * 32 * (128 + 2) = 266,240.
     """
     for name, size in (
         ("num_layers", num_layers),
@@ -82,10 +84,8 @@ def bytes_per_token(
         ("head_dim", head_dim),
     ):
         _at_least(1, name, size)
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype.name} must be floating point, such as bfloat16")
-    return 2 * int(num_layers) * int(num_kv_heads) * int(head_dim) * dtype.itemsize
+    per_head = head_bytes(int(head_dim), page_dtype(dtype))
+    return 2 * int(num_layers) * int(num_kv_heads) * per_head
 
 
 def table_bytes(*, num_pages: int, max_seqs: int, max_pages_per_seq: int) -> int:
@@ -119,7 +119,7 @@ def plan(
       max_len: tokens that a sequence may grow to.
       mean_len: tokens of a typical sequence, the shared prefix included.
       weight_bytes: what the weights take of the budget.
-      dtype: the cache's dtype.
+      dtype: of the pages, one of `quantized.PAGE_DTYPES`.
       page_size: tokens per page, 1 to 256.
       shared_prefix: tokens at the start that all sequences share.
 

@@ -40,7 +40,8 @@ def attend(
         q: ``[T, num_q_heads, head_dim]``.
         k: ``[T, num_kv_heads, head_dim]``, this step's keys (already rotated).
         v: the same shape, this step's values.
-        cache: the pages of all layers; carried through the layers and donated to the step.
+        cache: the pages of all layers; carried through the layers and donated to the step. Float
+            pages of another dtype than q's have q cast to theirs.
         batch: the step's packing, from `ragged.ragged_batch`.
         layer: which layer, an integer or i32[] (a scan's counter).
         **options: for `paged_attention`: ``sm_scale``, ``sliding_window``, ``soft_cap``, ``sinks``,
@@ -56,9 +57,11 @@ def attend(
     check_same_pool(cache, batch)
     cache = kv_cache.write(cache, layer, batch.slots, k, v)
     out = paged_attention(
-        q,
+        q.astype(cache.query_dtype(q.dtype)),
         cache.k_pages,
         cache.v_pages,
+        k_scales=cache.k_scales,
+        v_scales=cache.v_scales,
         block_tables=batch.block_tables,
         kv_lens=batch.kv_lens,
         cu_q_lens=batch.cu_q_lens,
@@ -68,11 +71,11 @@ def attend(
         shared=batch.shared,
         **options,
     )
-    return out, cache
+    return out.astype(q.dtype), cache
 
 
 def schedule_attention(
-    batch: RaggedBatch, cache: KVCache, *, num_q_heads: int, **options: Any
+    batch: RaggedBatch, cache: KVCache, *, num_q_heads: int, dtype: DTypeLike, **options: Any
 ) -> AttentionSchedule:
     """Divide a step's attention over the device, once for all layers that share a sliding window.
 
@@ -83,14 +86,17 @@ def schedule_attention(
         batch: the step's packing.
         cache: the pages, before or after they were written.
         num_q_heads: query heads.
+        dtype: of the queries that `attend` will be given.
         **options: for `paged_attention`, those of `attend`: ``sliding_window``,
             ``implementation``, ...
     """
     shape = (*batch.positions.shape, num_q_heads, cache.head_dim)
     return attention_schedule(
-        jax.ShapeDtypeStruct(shape, cache.k_pages.dtype),
+        jax.ShapeDtypeStruct(shape, cache.query_dtype(dtype)),
         cache.k_pages,
         cache.v_pages,
+        k_scales=cache.k_scales,
+        v_scales=cache.v_scales,
         block_tables=batch.block_tables,
         kv_lens=batch.kv_lens,
         cu_q_lens=batch.cu_q_lens,

@@ -9,12 +9,14 @@ from typing import Any, TypedDict
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from paxattn.kept_pool import KeptPool
 from paxattn.packing import bucket, pack_prompts
 from paxattn.page_table.state import check_pool
 from paxattn.pool import Pool
+from paxattn.quantized import page_dtype_name
 from paxattn.sampling import LogitsProcessor, RowSampling, SamplingParams, row_sampling
 from paxattn.speculative import Drafter, DraftModel, NGram
 from paxattn.step import PackedPrompts, check_model
@@ -45,6 +47,8 @@ class GenerateOptions(TypedDict, total=False):
         page_size: tokens per page, 1 to 256; 16 by default, or the `KeptPool`'s.
         num_pages: pages in the pool; by default enough for every prompt to run to its end, or the
             `KeptPool`'s.
+        kv_dtype: of the pages: "float32", "bfloat16", "float16", "float8_e4m3fn" ("fp8") or "int8",
+            see `quantized`; by default a model's own, or the `KeptPool`'s.
         prefill_chunk: prompt tokens per prefill step; 512 by default.
         logits_processor: traceable ``(logits f32[R, V], num_generated i32[R]) -> logits``; a
             different function object compiles anew.
@@ -63,6 +67,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: Sequence[str] | None
     page_size: int | None
     num_pages: int | None
+    kv_dtype: DTypeLike | None
     prefill_chunk: int
     logits_processor: LogitsProcessor | None
     scrub: bool
@@ -70,7 +75,10 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Static sizes of a generation: what is compiled for. ``group`` is rows per prompt."""
+    """Static sizes of a generation: what is compiled for.
+
+    ``group`` is rows per prompt, ``kv_dtype`` that of the pages, None: the model's own.
+    """
 
     group: int
     page_size: int
@@ -78,6 +86,7 @@ class Sizes:
     max_pages_per_seq: int
     capacity: int
     chunk: int
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +257,7 @@ def prepare_requests(
     stop: Sequence[str] | None = None,
     page_size: int | None = None,
     num_pages: int | None = None,
+    kv_dtype: DTypeLike | None = None,
     prefill_chunk: int = 512,
     logits_processor: LogitsProcessor | None = None,
     scrub: bool = False,
@@ -291,6 +301,7 @@ def prepare_requests(
     if kept is None and not isinstance(prefix_cache, bool):
         raise TypeError(f"{prefix_cache=} must be True, False or a KeptPool")
     page_size, num_pages = _pool_sizes(model, kept, page_size, num_pages)
+    kv_dtype = _pool_dtype(kept, kv_dtype)
     stop_token_ids = stop_tokens(stop_token_ids, config.vocab_size)
     num_prompts = bucket(len(ids))
     num_rows = num_prompts * num_samples
@@ -308,6 +319,7 @@ def prepare_requests(
         max_pages_per_seq=-(-longest // page_size),
         capacity=capacity,
         chunk=min(total, prefill_chunk),
+        kv_dtype=kv_dtype,
     )
     stop_ids = np.full((num_rows, bucket(len(stop_token_ids), 8)), -1, np.int32)
     stop_ids[:, : len(stop_token_ids)] = stop_token_ids
@@ -361,6 +373,18 @@ def _pool_sizes(
     if kept.model is not model:
         raise ValueError("the KeptPool was made for another model: its pages mean nothing here")
     return kept.page_size, kept.num_pages
+
+
+def _pool_dtype(kept: KeptPool | None, kv_dtype: DTypeLike | None) -> str | None:
+    """The name of the pages' dtype; None: the model's own."""
+    name = page_dtype_name(kv_dtype)
+    if kept is None:
+        return name
+    if name is not None and name != kept.kv_dtype:
+        raise ValueError(
+            f"kv_dtype={name}, but the KeptPool has {kept.kv_dtype}: leave kv_dtype= out"
+        )
+    return kept.kv_dtype
 
 
 def _check_draft(draft: Any, vocab_size: int) -> None:

@@ -22,6 +22,14 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # of outputs of size about 1
+# Quantised pages: the format, its largest number, and what it costs: the largest error of outputs
+# of numbers from a normal distribution, against attention over those before they were quantised.
+# (Against attention over what the pages hold, TOLERANCE is the bound.)
+QUANTIZED = {
+    "float8_e4m3fn": (np.dtype(ml_dtypes.float8_e4m3fn), 448.0, 0.12),
+    "int8": (np.dtype(np.int8), 127.0, 0.03),
+}
+SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
 LSE_TOLERANCE = 2e-5
 
 
@@ -35,6 +43,7 @@ class Case:
     head_dim: int = 64
     page_size: int = 16
     dtype: str = "float32"
+    page_dtype: str | None = None  # of QUANTIZED; None: as dtype
     causal: bool = True
     window: int | None = None
     soft_cap: float | None = None
@@ -49,7 +58,16 @@ class Case:
         rows = rows if len(rows) <= 4 else [*rows[:3], f"x{len(rows)}"]
         out = ["+".join(rows), "h{}k{}d{}".format(*self.heads, self.head_dim), f"p{self.page_size}"]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("dtype", "causal", "window", "soft_cap", "sinks", "layers", "padding"):
+        for name in (
+            "dtype",
+            "page_dtype",
+            "causal",
+            "window",
+            "soft_cap",
+            "sinks",
+            "layers",
+            "padding",
+        ):
             if getattr(self, name) != defaults[name]:
                 out.append(f"{name}={getattr(self, name)}")
         return "-".join(out)
@@ -57,7 +75,10 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A case's arrays (NumPy), and `owned`: bool[N, P], the slots that hold a row's token."""
+    """A case's arrays (NumPy), and `owned`: bool[N, P], the slots that hold a row's token.
+
+    `exact` are K and V before they were quantised, if they were.
+    """
 
     case: Case
     q: np.ndarray
@@ -68,6 +89,9 @@ class Inputs:
     cu_q_lens: np.ndarray
     sinks: np.ndarray | None
     owned: np.ndarray
+    k_scales: np.ndarray | None = None
+    v_scales: np.ndarray | None = None
+    exact: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def layer(self) -> int | None:
@@ -76,7 +100,9 @@ class Inputs:
     @property
     def options(self) -> dict:
         """Every keyword argument of `paged_attention` but `implementation` and `return_lse`."""
+        scales = dict(k_scales=self.k_scales, v_scales=self.v_scales)
         return dict(
+            **({} if self.k_scales is None else scales),
             block_tables=self.block_tables,
             kv_lens=self.kv_lens,
             cu_q_lens=self.cu_q_lens,
@@ -106,7 +132,7 @@ def make(case: Case, seed: int = 0) -> Inputs:
     shape = shape if case.layers is None else (case.layers, *shape)
     tokens = sum(case.q_lens) + case.padding
     draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
-    return Inputs(
+    inputs = Inputs(
         case=case,
         q=draw(tokens, num_q_heads, case.head_dim).astype(dtype),
         k_pages=draw(*shape).astype(dtype),
@@ -117,6 +143,33 @@ def make(case: Case, seed: int = 0) -> Inputs:
         sinks=draw(num_q_heads) if case.sinks else None,
         owned=owned,
     )
+    return inputs if case.page_dtype is None else quantized(inputs)
+
+
+def quantized(inputs: Inputs) -> Inputs:
+    """The same with K and V in the case's `page_dtype`."""
+    (k, k_scales), (v, v_scales) = (
+        quantize(x, inputs.case.page_dtype) for x in (inputs.k_pages, inputs.v_pages)
+    )
+    return dataclasses.replace(
+        inputs, k_pages=k, v_pages=v, k_scales=k_scales, v_scales=v_scales,
+        exact=(inputs.k_pages, inputs.v_pages),
+    )  # fmt: skip
+
+
+def quantize(x: np.ndarray, page_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and scales, one for all but the last axis of `x`."""
+    dtype, largest, _ = QUANTIZED[page_dtype]
+    wide = x.astype(np.float32)
+    scales = (np.abs(wide).max(axis=-1) / np.float32(largest)).astype(SCALE_DTYPE)
+    numbers = np.clip(wide / scales.astype(np.float32)[..., None], -largest, largest)
+    return (np.rint(numbers) if page_dtype == "int8" else numbers).astype(dtype), scales
+
+
+def exact(inputs: Inputs) -> Inputs:
+    """The same before K and V were quantised."""
+    k, v = inputs.exact
+    return dataclasses.replace(inputs, k_pages=k, v_pages=v, k_scales=None, v_scales=None)
 
 
 def leave_behind(inputs: Inputs) -> Inputs:
@@ -130,20 +183,22 @@ def leave_behind(inputs: Inputs) -> Inputs:
 
 
 def poison(inputs: Inputs, value: float = np.nan) -> Inputs:
-    """Puts `value` in all that no row may read: other slots, other layers, padding queries."""
+    """Puts `value` in all that no row may read: other slots, other layers, padding queries.
+
+    Integers, which have no NaN, get their lowest number, and their scales `value`.
+    """
 
     def fill(pages: np.ndarray) -> np.ndarray:
-        out = np.full_like(pages, value)
+        out = np.full_like(pages, -128 if pages.dtype == np.int8 else value)
         at = (...,) if inputs.layer is None else (inputs.layer,)
-        mine = np.swapaxes(out[at], 1, 2)  # [N, P, H, D] views
+        mine = np.swapaxes(out[at], 1, 2)  # [N, P, H, ...] views
         mine[inputs.owned] = np.swapaxes(pages[at], 1, 2)[inputs.owned]
         return out
 
     q = inputs.q.copy()
     q[inputs.cu_q_lens[-1] :] = value
-    return dataclasses.replace(
-        inputs, q=q, k_pages=fill(inputs.k_pages), v_pages=fill(inputs.v_pages)
-    )
+    names = ("k_pages", "v_pages", "k_scales", "v_scales")[: 4 if inputs.case.page_dtype else 2]
+    return dataclasses.replace(inputs, q=q, **{name: fill(getattr(inputs, name)) for name in names})
 
 
 def oracle(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +207,9 @@ def oracle(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     q = inputs.q.astype(np.float64) * case.head_dim**-0.5
     at = (...,) if inputs.layer is None else (inputs.layer,)
     k_pages, v_pages = (x[at].astype(np.float64) for x in (inputs.k_pages, inputs.v_pages))
+    if inputs.k_scales is not None:
+        k_pages *= inputs.k_scales[at].astype(np.float64)[..., None]
+        v_pages *= inputs.v_scales[at].astype(np.float64)[..., None]
     o, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf)
     group = case.heads[0] // case.heads[1]
     for row, n in enumerate(inputs.kv_lens):
@@ -210,23 +268,33 @@ SMALL = (
     # (rows 4 and 5: queries before their sequence's start see nothing)
     Case(q_lens=(150, 0, 1, 9, 1, 9), kv_lens=(150, 0, 1, 17, 0, 5), window=1, padding=3),
     Case(q_lens=(64, 32), kv_lens=(256, 288), dtype="float16", head_dim=80),  # chunked prefill
+    # quantised pages
+    Case(**DECODE, page_dtype="float8_e4m3fn", max_q_len=1),
+    Case(**EDGES, page_dtype="int8", dtype="bfloat16", max_q_len=1, padding=2, layers=2, window=64),
+    Case(**MIXED, page_dtype="int8", heads=(4, 4), page_size=5, window=64, padding=9, layers=2),
+    Case(
+        **MIXED, page_dtype="float8_e4m3fn", heads=(5, 1), head_dim=128, dtype="bfloat16",
+        soft_cap=50.0, sinks=True,
+    ),
+)  # fmt: skip
+
+
+_LENS = (
+    DECODE,
+    MIXED,
+    EDGES,
+    dict(q_lens=(1, 3, 64, 3, 64), kv_lens=(339, 1024, 800, 799, 2048)),
+    dict(q_lens=(1,) * 77, kv_lens=tuple(range(400, 477))),
+    dict(q_lens=(129, 129), kv_lens=(1099, 1099)),
+    dict(q_lens=(1,) * 24 + (3,) * 12, kv_lens=(300,) * 24 + (900,) * 12),
+    dict(q_lens=(17,) * 4 + (1,) * 10, kv_lens=(1500,) * 4 + (256,) * 10),
 )
 
 
 def full_grid() -> Iterator[Case]:
-    """Every combination that the kernels must serve."""
-    lens = (
-        DECODE,
-        MIXED,
-        EDGES,
-        dict(q_lens=(1, 3, 64, 3, 64), kv_lens=(339, 1024, 800, 799, 2048)),
-        dict(q_lens=(1,) * 77, kv_lens=tuple(range(400, 477))),
-        dict(q_lens=(129, 129), kv_lens=(1099, 1099)),
-        dict(q_lens=(1,) * 24 + (3,) * 12, kv_lens=(300,) * 24 + (900,) * 12),
-        dict(q_lens=(17,) * 4 + (1,) * 10, kv_lens=(1500,) * 4 + (256,) * 10),
-    )
+    """Every combination that the kernels must serve with pages of floats."""
     shapes = itertools.product(
-        lens, ((4, 4), (8, 2), (5, 1), (14, 2)), (64, 80, 96, 128, 256), (1, 5, 8, 16, 128, 256)
+        _LENS, ((4, 4), (8, 2), (5, 1), (14, 2)), (64, 80, 96, 128, 256), (1, 5, 8, 16, 128, 256)
     )
     options = itertools.cycle(
         dict(window=window, soft_cap=soft_cap, sinks=sinks, layers=layers)
@@ -239,5 +307,16 @@ def full_grid() -> Iterator[Case]:
         shapes, options, dtypes, strict=False
     ):
         yield Case(**rows, heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype, **more)
-    for rows, heads, page_size in itertools.product(lens, ((4, 4), (8, 2)), (1, 16)):
+    for rows, heads, page_size in itertools.product(_LENS, ((4, 4), (8, 2)), (1, 16)):
         yield Case(**rows, heads=heads, page_size=page_size, causal=False, padding=7)
+
+
+def quantized_grid() -> Iterator[Case]:
+    """Combinations with quantised pages."""
+    for rows, page_dtype, head_dim, page_size in itertools.product(
+        _LENS, QUANTIZED, (64, 80, 128), (1, 16, 256)
+    ):
+        for dtype in DTYPES:
+            yield Case(
+                **rows, head_dim=head_dim, page_size=page_size, dtype=dtype, page_dtype=page_dtype
+            )

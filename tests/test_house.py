@@ -13,6 +13,7 @@ PACKAGE = ROOT / "paxattn"
 ROOMS = [
     "page_table",
     "prefix_cache",
+    "quantized",
     "kv_cache",
     "pool",
     "shared_prefix",

@@ -31,6 +31,8 @@ def paged_attention(
     sliding_window: jax.Array | int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     ancestors: jax.Array | None = None,
     shared: SharedPrefix | None = None,
     implementation: Names = None,
@@ -51,7 +53,8 @@ def paged_attention(
 
     Args:
         q: [T, Hq, D], f32, bf16 or f16.
-        k_pages: [N, Hkv, P, D], or [L, N, Hkv, P, D] together with `layer`; q's dtype.
+        k_pages: [N, Hkv, P, D], or [L, N, Hkv, P, D] together with `layer`; q's dtype, or
+            float8_e4m3fn or int8 together with scales.
         v_pages: same.
         block_tables: i32[R, M]; entries that are no page hold N.
         kv_lens: i32[R], tokens stored, the new ones included.
@@ -65,6 +68,9 @@ def paged_attention(
             that scanned layers may differ), where a value that is not positive means no window.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         sinks: f32[Hq], one more logit per head in the softmax's denominator.
+        k_scales: bf16, the shape of `k_pages` without D: what the numbers of quantised pages are
+            multiplied by, see `quantized`.
+        v_scales: same, of `v_pages`.
         ancestors: u32[T], for new tokens that form a tree (of guesses) rather than a chain: bit `j`
             says that the token sees its row's new token `j`, itself included, parents before
             children; at most 32 new tokens per row. All stored before are seen. A token's position
@@ -104,7 +110,8 @@ def paged_attention(
         q, k_pages, v_pages,
         block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, layer=layer,
         max_q_len=max_q_len, sm_scale=sm_scale, causal=causal, sliding_window=sliding_window,
-        soft_cap=soft_cap, sinks=sinks, ancestors=ancestors, return_lse=return_lse,
+        soft_cap=soft_cap, sinks=sinks, k_scales=k_scales, v_scales=v_scales, ancestors=ancestors,
+        return_lse=return_lse,
     )  # fmt: skip
     sliding_window = _typed(sliding_window, np.int32)
     if schedule is None:
@@ -129,8 +136,9 @@ def paged_attention(
         causal=causal,
         soft_cap=soft_cap,
     )
-    if ancestors is not None:  # implementations that decline need not know the word
-        options["ancestors"] = ancestors
+    # Implementations that decline these need not know the words.
+    rare = dict(ancestors=ancestors, k_scales=k_scales, v_scales=v_scales)
+    options |= {name: x for name, x in rare.items() if x is not None}
     run = partial(choice.run, schedule)
     # A plan that was made for this batch serves no other, and what rows share is not fixed.
     if shared is not None and schedule.plan is None and schedule.fixed_split is None:
@@ -157,6 +165,8 @@ def paged_attention_decode(
     sliding_window: jax.Array | int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     implementation: Names = None,
     return_lse: bool = False,
     fixed_split: int | None = None,
@@ -176,6 +186,8 @@ def paged_attention_decode(
         sliding_window: same.
         soft_cap: same.
         sinks: same.
+        k_scales: same.
+        v_scales: same.
         implementation: same.
         return_lse: same.
         fixed_split: same.
@@ -203,6 +215,8 @@ def paged_attention_decode(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
+        k_scales=k_scales,
+        v_scales=v_scales,
         implementation=implementation,
         return_lse=return_lse,
         fixed_split=fixed_split,

@@ -13,6 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from paxattn.quantized import SCALE_DTYPE, is_quantized
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,7 +32,7 @@ class Request:
         num_pages: N, per layer.
         max_pages_per_seq: M.
         num_layers: L, or None for pages of one layer.
-        dtype: of queries and pages.
+        dtype: of queries, and of pages that are not quantised.
         max_q_len: bound on a row's new tokens.
         causal: whether queries are blind to later positions.
         window: whether a sliding window is given.
@@ -38,6 +40,7 @@ class Request:
         sinks: whether sinks join the softmax.
         return_lse: whether the log-sum-exp is wanted.
         ancestors: whether new tokens form trees.
+        page_dtype: of quantised pages, which have scales; None: pages hold floats as they are.
     """
 
     num_tokens: int
@@ -57,6 +60,7 @@ class Request:
     sinks: bool
     return_lse: bool
     ancestors: bool = False
+    page_dtype: str | None = None
 
 
 def check(
@@ -74,6 +78,8 @@ def check(
     sliding_window: Any = None,
     soft_cap: float | None = None,
     sinks: Any = None,
+    k_scales: Any = None,
+    v_scales: Any = None,
     ancestors: Any = None,
     shared: Any = None,
     return_lse: bool = False,
@@ -94,6 +100,8 @@ def check(
         sliding_window: same.
         soft_cap: same.
         sinks: same.
+        k_scales: same.
+        v_scales: same.
         ancestors: same.
         shared: same; any batch may be served without.
         return_lse: same.
@@ -107,6 +115,7 @@ def check(
     """
     num_tokens, num_q_heads, head_dim = _check_q(q)
     num_layers, num_pages, num_kv_heads, page_size = _check_pages(q, k_pages, v_pages, layer)
+    quantized = _check_scales(q, k_pages, v_pages, k_scales, v_scales)
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"{num_q_heads=} must be a multiple of {num_kv_heads=} (each KV head serves a whole "
@@ -142,6 +151,7 @@ def check(
         sinks=sinks is not None,
         return_lse=return_lse,
         ancestors=ancestors is not None,
+        page_dtype=str(np.dtype(k_pages.dtype)) if quantized else None,
     )
 
 
@@ -223,15 +233,47 @@ def _check_pages(
         raise ValueError(
             f"{k_pages.shape=} holds the pages of {shape[0]} layers: say which with layer="
         )
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if pages.dtype != q.dtype:
-            raise TypeError(
-                f"{name} has dtype {pages.dtype}, q has {q.dtype}: cast q (it is the smaller)"
-            )
     if shape[-1] != q.shape[-1]:
         raise ValueError(f"head_dim of {q.shape=} and of {k_pages.shape=} must be equal")
     num_pages, num_kv_heads, page_size, _ = shape[-4:]
     return shape[0] if len(shape) == 5 else None, num_pages, num_kv_heads, page_size
+
+
+def _check_scales(q: Any, k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any) -> bool:
+    """Whether pages are quantised: then they need scales, and else q's dtype."""
+    if k_pages.dtype != v_pages.dtype:
+        raise TypeError(f"v_pages has dtype {v_pages.dtype}, k_pages has {k_pages.dtype}: unlike")
+    quantized = is_quantized(k_pages.dtype)
+    for side, pages, scales in (("k", k_pages, k_scales), ("v", v_pages, v_scales)):
+        if not quantized:
+            if pages.dtype != q.dtype:
+                raise TypeError(
+                    f"{side}_pages has dtype {pages.dtype}, q has {q.dtype}: cast q (it is the "
+                    "smaller)"
+                )
+            if scales is not None:
+                raise TypeError(
+                    f"{side}_scales= goes with quantised pages, {side}_pages has dtype "
+                    f"{pages.dtype}: leave it out"
+                )
+            continue
+        if scales is None:
+            raise TypeError(
+                f"{side}_pages has dtype {pages.dtype}: its numbers mean nothing without "
+                f"{side}_scales= (of a KVCache: cache.{side}_scales)"
+            )
+        _array(f"{side}_scales", scales)
+        if tuple(scales.shape) != tuple(pages.shape[:-1]):
+            raise ValueError(
+                f"{side}_scales has shape {tuple(scales.shape)}, must be "
+                f"{tuple(pages.shape[:-1])}: one for each token and head of {side}_pages"
+            )
+        if scales.dtype != SCALE_DTYPE:
+            raise TypeError(
+                f"{side}_scales has dtype {scales.dtype}, must be {SCALE_DTYPE}, as it was rounded "
+                "when the numbers were divided by it: see quantized.quantize"
+            )
+    return quantized
 
 
 def _check_tables(block_tables: Any, kv_lens: Any, cu_q_lens: Any) -> tuple[int, int]:

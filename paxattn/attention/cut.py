@@ -135,6 +135,7 @@ class Batch:
         layer: i32[].
         window: i32[], no window if it is not positive.
         ancestors: u32[T], or None: the new tokens of a row form a chain.
+        scales: of quantised K and V, [L, N, Hkv, P] each, or None.
         max_q_len: static bound of the rows' query counts.
         masking: static.
         config: static.
@@ -146,6 +147,7 @@ class Batch:
     layer: jax.Array
     window: jax.Array
     ancestors: jax.Array | None
+    scales: tuple[jax.Array, jax.Array] | None
     max_q_len: int = field(metadata=dict(static=True))
     masking: Masking = field(metadata=dict(static=True))
     config: Config = field(metadata=dict(static=True))

@@ -7,7 +7,7 @@ ragged batch that holds both kinds sends each row where it belongs, and skips th
 nothing to do.
 
 The whole is differentiable with respect to queries, pages and sinks (flash-style: the backward pass
-recomputes probabilities; `while_loop` itself has no reverse mode).
+recomputes probabilities; `while_loop` itself has no reverse mode); quantised pages are constants.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ def paged_attention_reference(
     causal: bool,
     soft_cap: float | None,
     ancestors: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The implementation named "reference". Arguments are as `api.paged_attention` leaves them.
@@ -121,13 +123,20 @@ def paged_attention_reference(
         causal: whether a query is blind to later positions.
         soft_cap: `cap * tanh(s / cap)` on scaled scores, or None.
         ancestors: u32[T] or None.
+        k_scales: [L, N, Hkv, P], or [N, Hkv, P] without `layer`, of quantised pages; or None.
+        v_scales: same.
         config: block sizes; None: `default_config`.
 
     Returns:
         o [T, Hq, D] in q's dtype, lse f32[T, Hq].
     """
+    pages = k_pages, v_pages
+    scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
+    if scales is not None:
+        pages, scales = _without_gradient((pages, scales))
     if layer is None:
-        k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
+        (pages, scales), layer = jax.tree.map(lambda x: x[None], (pages, scales)), 0
+    k_pages, v_pages = pages
     if config is None:
         config = default_config(
             num_rows=kv_lens.shape[0],
@@ -144,6 +153,7 @@ def paged_attention_reference(
         layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_pages.shape[0] - 1),
         window=jnp.asarray(sliding_window, jnp.int32),
         ancestors=ancestors,
+        scales=scales,
         max_q_len=max_q_len,
         masking=Masking(causal=causal, soft_cap=soft_cap),
         config=config,
@@ -163,6 +173,20 @@ def add_sinks(o: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array
     known = jnp.where(empty, 0.0, lse)
     o = jnp.where(empty[..., None], 0.0, o * jax.nn.sigmoid(known - sinks)[..., None])
     return o, jnp.where(empty, -jnp.inf, jnp.logaddexp(known, sinks))
+
+
+@jax.custom_jvp
+def _without_gradient(pages: Any) -> Any:
+    """Quantised pages and scales as they are; a gradient with respect to them is refused."""
+    return pages
+
+
+@_without_gradient.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "quantised pages have no gradient: keep pages in a float dtype to train through them, or "
+        "stop the gradient before they are written (jax.lax.stop_gradient)"
+    )
 
 
 @jax.custom_vjp
@@ -203,7 +227,8 @@ def _attend_bwd(residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tu
     delta = jnp.where(saw, (o * do).sum(axis=-1) - dlse, 0.0)
     known = q, k_pages, v_pages, lse, do, delta
     # Accumulated in f32, and as large as the pools: a page may be shared by many rows.
-    grads = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), q) for x in (q, k_pages, v_pages))
+    pools = (k_pages, v_pages) if batch.scales is None else (None, None)
+    grads = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, jnp.float32), q), (q, *pools))
     if batch.short(q.shape[0]):
         grads = _rows_backward(known, grads, batch, batch.q_lens > 0, batch.max_q_len)
     else:
@@ -217,7 +242,8 @@ def _attend_bwd(residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tu
             )
         grads = _tiles_backward(known, grads, batch)
     dq, dk, dv = grads
-    return dq, dk.astype(k_pages.dtype), dv.astype(v_pages.dtype), None
+    dk, dv = jax.tree.map(lambda x: x.astype(k_pages.dtype), (dk, dv))
+    return dq, dk, dv, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -230,6 +256,7 @@ def _options(batch: Batch, k_pages: jax.Array, block_kv: int) -> dict:
         layer=batch.layer,
         window=batch.window,
         masking=batch.masking,
+        scales=batch.scales,
         pages=min(max(block_kv // page_size, 1), batch.block_tables.shape[1]),
     )
 

@@ -16,6 +16,7 @@ S = `block_kv` tokens per block; R rows, M `max_pages_per_seq`, L layers, N page
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -124,17 +125,18 @@ def _visible(
     return held, seen & (distance >= 0) if masking.causal else seen
 
 
-def _load(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) -> jax.Array:
-    """Reads a block of pages, f32[B, K, S, D], with zeros where nothing is stored.
+def _gather(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) -> jax.Array:
+    """Reads a block of pages, f32[B, K, S, ...], with zeros where nothing is stored.
 
     The gather takes `[layer, page]` pairs straight from the stacked pool (no slice of a layer
     exists at any time) and puts the head axis before the pages, so that nothing is transposed.
     A page's tile is one flat run of numbers here: XLA then copies, clears and converts it in one
     vectorised loop, and does not read what is cleared.
     """
-    num_layers, num_pages, num_heads, page_size, head_dim = pool.shape
+    num_layers, num_pages, num_heads, page_size, *rest = pool.shape
     batch, pages = ids.shape
-    tile = page_size * head_dim
+    per_token = math.prod(rest)
+    tile = page_size * per_token
     dims = lax.GatherDimensionNumbers(
         offset_dims=(1, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1)
     )
@@ -145,9 +147,17 @@ def _load(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) ->
         (1, 1, num_heads, tile),
         mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
-    kept = jnp.arange(tile, dtype=jnp.int32) < (held * head_dim)[:, None, :, None]
-    block = jnp.where(kept, block, 0).astype(jnp.float32)
-    return block.reshape(batch, num_heads, pages * page_size, head_dim)
+    kept = jnp.arange(tile, dtype=jnp.int32) < (held * per_token)[:, None, :, None]
+    block = jnp.where(kept, block, jnp.zeros((), block.dtype)).astype(jnp.float32)
+    return block.reshape(batch, num_heads, pages * page_size, *rest)
+
+
+def _load(
+    pages: jax.Array, scales: jax.Array | None, layer: jax.Array, ids: jax.Array, held: jax.Array
+) -> jax.Array:
+    """Reads a block of K or V, f32[B, K, S, D]: of quantised pages what the numbers stand for."""
+    block = _gather(pages, layer, ids, held)
+    return block if scales is None else block * _gather(scales, layer, ids, held)[..., None]
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
@@ -193,6 +203,7 @@ def _walk(
     window: jax.Array,
     masking: Masking,
     pages: int,
+    scales: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
     """The walk over the pages of a batch of tiles; arguments as in `attend_tiles`.
 
@@ -208,7 +219,9 @@ def _walk(
         ids = _page_ids(tiles, logical)
         is_page = (ids >= 0) & (ids < num_pages)
         held, seen = _visible(tiles, is_page, logical * page_size, page_size, window, masking)
-        k, v = _load(k_pages, layer, ids, held), _load(v_pages, layer, ids, held)
+        k_scales, v_scales = (None, None) if scales is None else scales
+        k = _load(k_pages, k_scales, layer, ids, held)
+        v = _load(v_pages, v_scales, layer, ids, held)
         return ids, k, v, *_scores(q, k, seen, masking.soft_cap)
 
     return count, read
@@ -238,18 +251,20 @@ def attend_tiles(
     window: jax.Array,
     masking: Masking,
     pages: int,
+    scales: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from a batch of query tiles to the pages of their sequences.
 
     Args:
         q: f32[B, C, K * G, D], scaled.
-        k_pages: [L, N, K, P, D], any float dtype.
+        k_pages: [L, N, K, P, D], any dtype.
         v_pages: same.
         tiles: whose queries they are.
         layer: i32[].
         window: i32[], sliding window in tokens; no window if it is not positive.
         masking: the static part of the mask.
         pages: pages per block.
+        scales: of quantised K and V, [L, N, K, P] each, or None.
 
     Returns:
         `o` f32[B, C, K * G, D] and `lse` f32[B, C, K * G]: partial results that merge with others
@@ -259,8 +274,9 @@ def attend_tiles(
     block_q = q.shape[1]
     q = _by_kv_head(q, num_kv_heads)
     count, read = _walk(
-        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages
-    )
+        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages,
+        scales=scales,
+    )  # fmt: skip
 
     def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         m, total, acc = carry
@@ -295,14 +311,15 @@ def attend_tiles_backward(
     lse: jax.Array,
     do: jax.Array,
     delta: jax.Array,
-    dk_pages: jax.Array,
-    dv_pages: jax.Array,
+    dk_pages: jax.Array | None,
+    dv_pages: jax.Array | None,
     *,
     layer: jax.Array,
     window: jax.Array,
     masking: Masking,
     pages: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    scales: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The gradient of `attend_tiles`, over the same blocks.
 
     Args:
@@ -313,12 +330,13 @@ def attend_tiles_backward(
         lse: f32[B, C, K * G], what the forward pass returned.
         do: f32[B, C, K * G, D], cotangent of `o`; 0 in places that are not live.
         delta: f32[B, C, K * G], `sum(o * do) - dlse`, with `dlse` the cotangent of `lse`.
-        dk_pages: f32[L, N, K, P, D], added to.
+        dk_pages: f32[L, N, K, P, D], added to; None where no gradient is wanted (quantised pages).
         dv_pages: same.
         layer: as in `attend_tiles`.
         window: same.
         masking: same.
         pages: same.
+        scales: same.
 
     Returns:
         dq f32[B, C, K * G, D], dk_pages, dv_pages.
@@ -328,8 +346,9 @@ def attend_tiles_backward(
     q, do, lse, delta = (_by_kv_head(x, num_kv_heads) for x in (q, do, lse, delta))
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     count, read = _walk(
-        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages
-    )
+        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages,
+        scales=scales,
+    )  # fmt: skip
 
     def add(acc: jax.Array, ids: jax.Array, block: jax.Array) -> jax.Array:
         # Pages may be shared by rows, and a page id may be the sentinel: add, and drop.
@@ -342,8 +361,9 @@ def attend_tiles_backward(
         ids, k, v, s, slope = read(j)
         p = jnp.exp(s - lse[..., None])
         ds = p * (_dot(do, v, 3, 3) - delta[..., None]) * slope
-        dk_pages = add(dk_pages, ids, _dot(ds, q, 2, 2))
-        dv_pages = add(dv_pages, ids, _dot(p, do, 2, 2))
+        if dk_pages is not None:
+            dk_pages = add(dk_pages, ids, _dot(ds, q, 2, 2))
+            dv_pages = add(dv_pages, ids, _dot(p, do, 2, 2))
         return dq + _dot(ds, k, 3, 2), dk_pages, dv_pages
 
     dq, dk_pages, dv_pages = lax.fori_loop(0, count, step, (jnp.zeros_like(q), dk_pages, dv_pages))

@@ -15,8 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from paxattn.display import Output
 from paxattn.models import Checkpoint, bundled, load
+from paxattn.quantized import PAGE_DTYPES
 
 DTYPES = ("float32", "bfloat16", "float16")
+_KV_DTYPES = ("fp8", *PAGE_DTYPES)
 
 
 def not_empty(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -36,6 +38,12 @@ dtype_option = click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     help="Of weights and cache.  [default: the checkpoint's; float32 on a CPU]",
+)
+kv_dtype_option = click.option(
+    "--kv-dtype",
+    type=click.Choice(_KV_DTYPES),
+    help="Of the cache alone; fp8 and int8 pages hold about twice the tokens of bfloat16.  "
+    "[default: as --dtype]",
 )
 page_size_option = click.option(
     "--page-size",

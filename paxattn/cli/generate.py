@@ -11,6 +11,7 @@ import paxattn
 from paxattn.cli.common import (
     dtype_here,
     dtype_option,
+    kv_dtype_option,
     load_checkpoint,
     model_option,
     not_empty,
@@ -134,6 +135,7 @@ from paxattn.speculative import DraftModel, NGram
 @click.option("--stop", multiple=True, help="End a completion at this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token.")
 @dtype_option
+@kv_dtype_option
 @page_size_option
 @click.option(
     "--num-pages", type=click.IntRange(1), help="Pages in the pool.  [default: enough for all]"
@@ -156,6 +158,7 @@ def generate(
     stop: tuple[str, ...],
     ignore_eos: bool,
     dtype: str | None,
+    kv_dtype: str | None,
     page_size: int,
     num_pages: int | None,
     quiet: bool,
@@ -184,6 +187,7 @@ def generate(
         "stop_token_ids": () if ignore_eos else checkpoint.stop_token_ids,
         "page_size": page_size,
         "num_pages": num_pages,
+        "kv_dtype": kv_dtype,
         "prefix_cache": prefix_cache,
     }
     running: Stream | Search

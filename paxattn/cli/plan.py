@@ -11,11 +11,12 @@ import click
 import jax
 from flax import nnx
 
-from paxattn.cli.common import DTYPES, devices, not_empty, page_size_option
+from paxattn.cli.common import DTYPES, devices, kv_dtype_option, not_empty, page_size_option
 from paxattn.display import show_plan
 from paxattn.memory import plan as memory_plan
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.models.config import read_config
+from paxattn.quantized import page_dtype_name
 
 
 class Bytes(click.ParamType):
@@ -76,6 +77,7 @@ class Bytes(click.ParamType):
     show_default=True,
     help="Of the cache and, with --model, its weights.",
 )
+@kv_dtype_option
 def plan(
     model: str | None,
     layers: int | None,
@@ -88,6 +90,7 @@ def plan(
     shared_prefix: int,
     page_size: int,
     dtype: str,
+    kv_dtype: str | None,
 ) -> None:
     """Tell how many sequences fit a device or a byte budget, paged and reserved naively."""
     given = {"--layers": layers, "--kv-heads": kv_heads, "--head-dim": head_dim}
@@ -116,11 +119,11 @@ def plan(
         head_dim=shapes[2],
         max_len=max_len,
         mean_len=mean_len or max(1, max_len // 4),
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
         page_size=page_size,
         shared_prefix=shared_prefix,
     )
-    show_plan(sizes, dtype)
+    show_plan(sizes, page_dtype_name(kv_dtype) or dtype)
 
 
 def _weight_bytes(config: DecoderConfig, dtype: str) -> int:

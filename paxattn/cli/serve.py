@@ -13,6 +13,7 @@ import jax
 
 from paxattn.cli.common import (
     dtype_option,
+    kv_dtype_option,
     load_checkpoint,
     model_option,
     not_empty,
@@ -100,6 +101,7 @@ _OF_A_DEVICE = 0.85  # of the memory that the weights leave; the rest is for wha
     help="Seconds that running requests have to end after SIGTERM or Ctrl-C.",
 )
 @dtype_option
+@kv_dtype_option
 def serve(
     model: str | None,
     name: str | None,
@@ -113,6 +115,7 @@ def serve(
     max_body: int,
     grace: int,
     dtype: str | None,
+    kv_dtype: str | None,
     **sizes: Any,
 ) -> None:
     """Serve a model over HTTP by the OpenAI API; needs paxattn[serve].
@@ -139,8 +142,10 @@ def serve(
             template = ChatTemplate(chat_template.read_text(encoding="utf-8"))
         engine = Engine(
             checkpoint.model,
-            num_pages=num_pages or _num_pages(checkpoint, memory, page_size, max_tokens, sizes),
+            num_pages=num_pages
+            or _num_pages(checkpoint, memory, page_size, kv_dtype, max_tokens, sizes),
             page_size=page_size,
+            kv_dtype=kv_dtype,
             max_tokens=max_tokens,
             tokenizer=checkpoint.tokenizer,
             **sizes,
@@ -194,6 +199,7 @@ def _num_pages(
     checkpoint: Checkpoint,
     memory: int | None,
     page_size: int,
+    kv_dtype: str | None,
     max_tokens: int | None,
     sizes: dict[str, Any],
 ) -> int:
@@ -203,7 +209,7 @@ def _num_pages(
         stats = jax.devices()[0].memory_stats() or {}
         left = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         memory = int(_OF_A_DEVICE * left) if left > 0 else _ON_A_CPU
-    init = partial(checkpoint.model.init_cache, num_pages=1, page_size=page_size)
+    init = partial(checkpoint.model.init_cache, num_pages=1, page_size=page_size, dtype=kv_dtype)
     page_bytes = jax.eval_shape(init).bytes_per_page
     enough = sizes["max_seqs"] * -(-longest // page_size)
     pages = min(memory // page_bytes, enough)

@@ -338,6 +338,7 @@ class Decoder(nnx.Module):
                     batch,
                     cache,
                     num_q_heads=self.config.num_heads,
+                    dtype=self.embed[...].dtype,
                     implementation=self.implementation,
                     fixed_split=self.fixed_split,
                     **options,

@@ -12,8 +12,10 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from paxattn.quantized import page_dtype_name
 from paxattn.requests import Prompt, integer
 from paxattn.results import Completion, Delta, completion
 from paxattn.sampling import LogitsProcessor
@@ -85,6 +87,7 @@ class Engine:
         *,
         num_pages: int,
         page_size: int = 16,
+        kv_dtype: DTypeLike | None = None,
         max_seqs: int = 16,
         max_requests: int = 128,
         max_tokens: int | None = None,
@@ -104,6 +107,7 @@ class Engine:
             model: as for `generate`.
             num_pages: pages in the pool.
             page_size: tokens per page, 1 to 256.
+            kv_dtype: of the pages, as for `generate`.
             max_seqs: requests that run at once.
             max_requests: requests that run or wait, at most.
             max_tokens: most tokens of a request, prompt and generated; the model's positions by
@@ -136,6 +140,7 @@ class Engine:
             model,
             num_pages=num_pages,
             page_size=page_size,
+            kv_dtype=page_dtype_name(kv_dtype),
             max_seqs=max_seqs,
             max_requests=max_requests,
             max_tokens=self.max_tokens,

@@ -103,9 +103,12 @@ class HostPages:
             self._pages = {place: own for place, own in self._pages.items() if away[place]}
         while self._pages and (place := int(_to_bring_back(state))) < state.capacity:
             kept = self._pages.pop(place)
-            width = state.pool.table.max_pages_per_seq - kept.k_pages.shape[1]
+            width = state.pool.table.max_pages_per_seq - kept.num_pages
             padded = jax.tree.map(
-                lambda pages, width=width: np.pad(pages, ((0, 0), (0, width), *[(0, 0)] * 3)), kept
+                lambda pages, width=width: np.pad(
+                    pages, ((0, 0), (0, width), *[(0, 0)] * (pages.ndim - 2))
+                ),
+                kept,
             )
             state = _bring_back(state, np.int32(place), padded, scrub=scrub)
         return state
@@ -138,6 +141,7 @@ def pays_from(model: Any, state: ServeState) -> int:
             max_tokens=tokens,
             step_tokens=state.step_tokens,
             remember=False,
+            kv_dtype=state.pool.cache.k_pages.dtype,
         )
         request = new_request(one, [0] * (tokens - 2), max_new_tokens=2)
         one = replace(one, requests=put(one.requests, jnp.int32(0), request))

@@ -103,7 +103,8 @@ def load_state(path: str | os.PathLike, model: Any, state: ServeState) -> tuple[
 
 def _pages(cache: KVCache) -> dict[str, jax.Array]:
     """The arrays of which the held pages are saved, by name."""
-    return {".pool.cache.k_pages": cache.k_pages, ".pool.cache.v_pages": cache.v_pages}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
+    return {f".pool.cache{jax.tree_util.keystr(place)}": pages for place, pages in leaves}
 
 
 def _arrays(state: ServeState) -> dict[str, np.ndarray]:

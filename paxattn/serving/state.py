@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from paxattn.decode_step import Status
 from paxattn.page_table.pages import pages_for
@@ -150,6 +151,7 @@ def init_serve(
     steps_per_read: int = 64,
     watermark: int | None = None,
     remember: bool = True,
+    kv_dtype: DTypeLike | None = None,
 ) -> ServeState:
     """A server without requests.
 
@@ -165,6 +167,7 @@ def init_serve(
         steps_per_read: most steps after which `ServeState.top` is read.
         watermark: see `Policy`; a hundredth of the pages by default.
         remember: with a prefix cache.
+        kv_dtype: of the pages; None: the model's own.
 
     Raises:
         ValueError: a size is not a positive integer, or too small for another.
@@ -178,7 +181,7 @@ def init_serve(
     if max_requests < max_seqs:
         raise ValueError(f"{max_requests=} must be at least {max_seqs=}: rows run requests")
     pool = init_pool(
-        model.init_cache(num_pages=num_pages, page_size=page_size),
+        model.init_cache(num_pages=num_pages, page_size=page_size, dtype=kv_dtype),
         max_seqs=max_seqs,
         max_pages_per_seq=-(-max_tokens // page_size),
         remember=remember,

@@ -53,6 +53,8 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
+    if request.page_dtype is not None:
+        raise NotImplementedError(f"its kernels read no quantised pages ({request.page_dtype})")
     if request.head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
     if request.page_size not in PAGE_SIZES:

@@ -50,6 +50,8 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that TPUs compute with: {' or '.join(config.DTYPES)}"
         )
+    if request.page_dtype is not None:
+        raise NotImplementedError(f"its kernel reads no quantised pages ({request.page_dtype})")
     if request.head_dim not in config.HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {config.HEAD_DIMS}")
     if request.page_size % 16:
