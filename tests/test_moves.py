@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 
 from paxattn.decode_step import Status
 from paxattn.models import Decoder
-from paxattn.serving import Engine, HostPages, SnapshotError, pays_from
+from paxattn.serving import Engine, HostPages, SnapshotError, offload, pays_from
 
 PAGES = 9
 TOKENIZER = Tokenizer(WordLevel({f"w{i:03}": i for i in range(serving.V)}, unk_token="w000"))
@@ -286,6 +286,20 @@ def test_outputs_are_the_same_when_pages_move(remember, tokens):
     assert 0 < returns == host.moved <= int(state.preemptions)
     # Nothing below the bound moves, and all above it does.
     assert (host.moved == int(state.preemptions)) == (tokens == 1)
+
+
+@pytest.mark.parametrize("kind", ["pinned_host", "none like it"])
+def test_pages_lie_in_the_memory_of_the_host_meanwhile(monkeypatch, kind):
+    monkeypatch.setattr(offload, "_HOST", kind)
+    pages = jnp.arange(24, dtype=jnp.bfloat16).reshape(2, 3, 4)
+    there = offload.to_host(pages)
+    if kind == "pinned_host":
+        assert there.sharding.memory_kind == kind
+    else:
+        assert isinstance(there, np.ndarray)
+    back = offload.to_device(there, pages)
+    assert back.sharding == pages.sharding
+    np.testing.assert_array_equal(np.asarray(back), np.asarray(pages))
 
 
 @pytest.mark.parametrize("which", ["away", "leaving"])

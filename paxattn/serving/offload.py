@@ -5,12 +5,16 @@ its memory, so it ends before a row of so many tokens would have to leave (`Poli
 and says which; between two blocks the host takes that row's pages, and brings back those of the
 first who waits as soon as there is room. A request says the same as if it had stored its tokens
 anew.
+
+Where the device can address the host's memory ("pinned_host" among its memory kinds: GPUs, TPUs and
+CPUs can), pages go there, and come back, without the host waiting for them.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,11 +24,14 @@ import numpy as np
 from paxattn import page_table
 from paxattn.decode_step import Status
 from paxattn.kv_cache import KVCache
+from paxattn.packing import bucket
 from paxattn.page_table.pages import pages_for
 from paxattn.pool import leave_behind, make_room
 from paxattn.serving.schedule import leave, to_bring_back
 from paxattn.serving.state import NEVER, ServeState, init_serve, new_request, put
 from paxattn.serving.step import serve
+
+_HOST = "pinned_host"
 
 
 def take_out(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array, KVCache]:
@@ -91,27 +98,42 @@ class HostPages:
             scrub: see `serve_step`.
         """
         if int(state.leaving) < state.owners.size:
-            tokens = state.pool.table.kv_lens[state.leaving]
-            held = slice(int(pages_for(tokens, state.pool.table.page_size)))
+            table = state.pool.table
+            held = int(pages_for(table.kv_lens[state.leaving], table.page_size))
             state, place, taken = _take_out(state, scrub=scrub)
-            self._pages[int(place)] = jax.tree.map(
-                lambda pages: np.asarray(pages)[:, held].copy(), taken
-            )
+            few = _resized(taken, count=min(bucket(held), table.max_pages_per_seq))
+            self._pages[int(place)] = jax.tree.map(to_host, few)
             self.moved += 1
         if self._pages:
             away = np.asarray(state.away)
             self._pages = {place: own for place, own in self._pages.items() if away[place]}
         while self._pages and (place := int(_to_bring_back(state))) < state.capacity:
-            kept = self._pages.pop(place)
-            width = state.pool.table.max_pages_per_seq - kept.num_pages
-            padded = jax.tree.map(
-                lambda pages, width=width: np.pad(
-                    pages, ((0, 0), (0, width), *[(0, 0)] * (pages.ndim - 2))
-                ),
-                kept,
-            )
-            state = _bring_back(state, np.int32(place), padded, scrub=scrub)
+            kept = jax.tree.map(to_device, self._pages.pop(place), state.pool.cache)
+            whole = _resized(kept, count=state.pool.table.max_pages_per_seq)
+            state = _bring_back(state, np.int32(place), whole, scrub=scrub)
         return state
+
+
+def to_host(pages: jax.Array) -> jax.Array | np.ndarray:
+    """An array in the host's memory."""
+    kinds = {memory.kind for device in pages.devices() for memory in device.addressable_memories()}
+    if _HOST not in kinds:
+        return np.asarray(pages)
+    return jax.device_put(pages, pages.sharding.with_memory_kind(_HOST))
+
+
+def to_device(pages: jax.Array | np.ndarray, like: jax.Array) -> jax.Array:
+    """An array from `to_host`, where another lies."""
+    return jax.device_put(pages, like.sharding)
+
+
+@partial(jax.jit, static_argnames="count")
+def _resized(pages: KVCache, *, count: int) -> KVCache:
+    """Pages cut, or followed by zeros, to so many of each layer."""
+    more = max(count - pages.num_pages, 0)
+    return jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))[:, :count], pages
+    )
 
 
 def pays_from(model: Any, state: ServeState) -> int:
