@@ -14,7 +14,7 @@ from make_fixtures import FAMILIES, FIXTURES
 from model_steps import plan, teacher_forced
 
 from paxattn.models import Decoder, DecoderConfig, load
-from paxattn.models.decoder import project
+from paxattn.models.weights import project
 
 SMALL = DecoderConfig(
     vocab_size=64,
