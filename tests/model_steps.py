@@ -35,7 +35,12 @@ def plan(q_lens, *, num_tokens, max_q_len, steps, page_size, num_pages):
     return prefill, decode
 
 
-@partial(jax.jit, static_argnames=("page_size", "num_pages", "attend"))
+# Without LLVM's optimisations, which take most of the time here: what is compared is mathematics.
+@partial(
+    jax.jit,
+    static_argnames=("page_size", "num_pages", "attend"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def run(decoder, tokens, forced, prefill, decode, cache=None, attend=None, **sizes):
     """Hidden states and logits of the prefill, logits of every decode step, and the last cache."""
     options = {} if attend is None else {"attend": attend}

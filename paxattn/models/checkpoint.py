@@ -97,7 +97,7 @@ def load(
     stacked: bool | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint of one of the families that the decoder knows: see `families`.
+    """Load a Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) or gpt-oss checkpoint.
 
     Arrays are read and converted one at a time; there is never a second copy of the model.
 

@@ -100,7 +100,8 @@ def _decoder_fields(read: Fields, family: Family) -> Fields:
         where = f"{where}: {family.part}"
     fields = {**family.defaults, **fields}
     quantized = fields.get("quantization_config")
-    if isinstance(quantized, Mapping) and family.quantized == quantized.get("quant_method"):
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+    if method is not None and method == family.quantized:
         fields.pop("quantization_config")
     return Fields(fields, where)
 

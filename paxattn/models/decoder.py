@@ -186,13 +186,12 @@ class Decoder(nnx.Module):
         if config.scale_embeddings:
             # The factor is rounded first, as in transformers.
             x = x * jnp.asarray(np.float32(config.hidden_size**0.5), x.dtype)
-        stacked: dict[str, Kernel] = {}
-        separate: dict[str, Kernel] = {}
-        for name, kernel in self.kernels.items():
-            if isinstance(kernel, tuple):
-                separate[name] = tuple(one[...] for one in kernel)
-            else:
-                stacked[name] = kernel[...]
+        separate: dict[str, Kernel] = {
+            name: tuple(one[...] for one in kernel)
+            for name, kernel in self.kernels.items()
+            if isinstance(kernel, tuple)
+        }
+        stacked = {name: self.kernels[name][...] for name in self.kernels if name not in separate}
         experts = {name: stack[...] for name, stack in self.experts.items()}
         live = batch.rows < batch.kv_lens.size
         of_kind, kinds = self._kinds(batch, cache, attend)
@@ -210,7 +209,9 @@ class Decoder(nnx.Module):
                 return project(x, kernels[name], layer, vectors.get(f"{name}_bias"))
 
             qkv = linear(norm(x, "attention_norm"), "qkv")  # [T, num_kv_heads, group + 2, head_dim]
-            options, angles = of_kind(kind)
+            options, (cos, sin) = of_kind(kind)
+            if config.sinks:
+                options["sinks"] = vectors["sinks"]
             out, cache = attend_heads(
                 qkv[:, :, :-2].reshape(-1, config.num_heads, config.head_dim),
                 qkv[:, :, -2],
@@ -221,10 +222,9 @@ class Decoder(nnx.Module):
                 q_norm=vectors.get("q_norm"),
                 k_norm=vectors.get("k_norm"),
                 norm_eps=config.norm_eps,
-                rotate=partial(rotate, cos=angles[0], sin=angles[1]),
+                rotate=partial(rotate, cos=cos, sin=sin),
                 attend=attend,
                 **options,
-                **({"sinks": vectors["sinks"]} if config.sinks else {}),
             )
             out = linear(out.reshape(x.shape[0], -1), "o")
             x = x + norm(out, "attention_out_norm")
