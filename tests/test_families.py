@@ -288,10 +288,13 @@ def test_the_text_part_of_a_larger_checkpoint(tmp_path, model, head):
     vision = {"vision_tower.x.weight": np.ones(3, np.int8), "multi_modal_projector.y": np.ones(2)}
     save_file(renamed | vision, tmp_path / "model" / "model.safetensors")
     path = tmp_path / "model" / "config.json"
-    text = json.loads(path.read_text())
+    text = json.loads(path.read_text()) | dict(eos_token_id=[1, 60])
     whole = dict(model_type="gemma3", text_config=text, vision_config={}, tie_word_embeddings=False)
     path.write_text(json.dumps(whole))
-    found = load(tmp_path / "model").model
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    checkpoint = load(tmp_path / "model")
+    assert checkpoint.stop_token_ids == (1, 60)
+    found = checkpoint.model
     assert jax.tree.structure(found.kernels) == jax.tree.structure(plain.kernels)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(one, other)

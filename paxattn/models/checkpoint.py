@@ -187,6 +187,8 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
     path = directory / "generation_config.json"
     fields = read_json(path) if path.is_file() else {}
     base = read_json(directory / "config.json")
+    if isinstance(base.get("text_config"), dict):
+        base = {**base["text_config"], **base}
 
     def look_up(key: str) -> tuple[Any, Path]:
         return (fields[key], path) if key in fields else (base.get(key), directory / "config.json")
