@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from make_fixtures import FIXTURES
 
-NAMES = ("llama3", "qwen2", "qwen3", "gemma3", "gpt_oss")
+NAMES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
 NUM_BEAMS = (2, 4, 8)
 EARLY_STOPPING = (False, True, "never")
 LENGTH_PENALTY = (1.0, 0.0, 2.0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from make_beams import CASES, NEW_TOKENS, STOP_IDS
 from make_fixtures import FIXTURES
 from safetensors.numpy import load_file, save_file
 from test_decoder import SMALL, numpy_decoder, recorded
@@ -402,32 +403,64 @@ def test_experts(num_tokens, num_experts, per_token, padding):
 # Loops
 
 
+@pytest.fixture
+def loaded(request):
+    """A fixture's model, prompts and greedy tokens; what the test compiles, LLVM leaves as it is.
+
+    (Its optimisations take most of the time, and what is compared is mathematics.)
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    prompts, tokens, *_ = recorded(request.param)
+    model = load(FIXTURES / request.param, dtype="float32").model
+    yield model, [prompt.tolist() for prompt in prompts], tokens[:, :20].tolist()
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def through(default):
+    """Every family, all but one under ``slow``."""
+    names = [
+        name if name == default else pytest.param(name, marks=pytest.mark.slow)
+        for name in ("gemma2", "gemma3", "gpt_oss")
+    ]
+    return pytest.mark.parametrize("loaded", names, indirect=True)
+
+
 def tokens_of(completions):
     return [completion.tokens for completion in completions]
 
 
-def through(*default):
-    return [
-        name if name in default else pytest.param(name, marks=pytest.mark.slow)
-        for name in ("gemma2", "gemma3", "gpt_oss")
-    ]
-
-
-@pytest.mark.parametrize("name", through("gemma2"))
-def test_generate(name):
-    prompts, tokens, *_ = recorded(name)
-    model = load(FIXTURES / name, dtype="float32").model
-    prompts = [prompt.tolist() for prompt in prompts]
+@through("gemma2")
+def test_generate(loaded):
+    model, prompts, tokens = loaded
     out = generate(model, prompts, page_size=8, max_new_tokens=20)
-    assert tokens_of(out.completions) == tokens[:, :20].tolist()
+    assert tokens_of(out.completions) == tokens
 
 
-@pytest.mark.parametrize("name", through("gpt_oss"))
-def test_engine(name):
+@through("gpt_oss")
+def test_engine(loaded):
     """Prompts in chunks of 8 beside decoding, all of it padded."""
-    prompts, tokens, *_ = recorded(name)
-    model = load(FIXTURES / name, dtype="float32").model
+    model, prompts, tokens = loaded
     sizes = dict(num_pages=24, page_size=8, max_seqs=2, max_requests=4, max_tokens=64)
     engine = Engine(model, **sizes, step_tokens=8)
-    out = engine.generate([prompt.tolist() for prompt in prompts], max_new_tokens=20)
-    assert tokens_of(out) == tokens[:, :20].tolist()
+    assert tokens_of(engine.generate(prompts, max_new_tokens=20)) == tokens
+
+
+@through("gemma3")
+def test_two_beams(loaded):
+    """Like transformers; more of them by the tests of beam search."""
+    model, prompts, _ = loaded
+    known = np.load(FIXTURES / model.config.family.removesuffix("_text") / "beams.npz")
+    assert CASES[0] == (2, False, 1.0)
+    out = generate(
+        model,
+        prompts,
+        num_beams=2,
+        num_return_sequences=2,
+        page_size=8,
+        max_new_tokens=NEW_TOKENS,
+        stop_token_ids=STOP_IDS,
+    )
+    for i, completion in enumerate(out.completions):
+        prompt, beam = divmod(i, 2)
+        expected = known["tokens"][prompt, beam][: known["lens"][prompt, beam]]
+        assert completion.tokens == expected.tolist()
