@@ -186,12 +186,13 @@ class Decoder(nnx.Module):
         if config.scale_embeddings:
             # The factor is rounded first, as in transformers.
             x = x * jnp.asarray(np.float32(config.hidden_size**0.5), x.dtype)
-        separate: dict[str, Kernel] = {
-            name: tuple(one[...] for one in kernel)
-            for name, kernel in self.kernels.items()
-            if isinstance(kernel, tuple)
-        }
-        stacked = {name: self.kernels[name][...] for name in self.kernels if name not in separate}
+        separate: dict[str, Kernel] = {}
+        stacked: dict[str, Kernel] = {}
+        for name, kernel in self.kernels.items():
+            if isinstance(kernel, tuple):
+                separate[name] = tuple(one[...] for one in kernel)
+            else:
+                stacked[name] = kernel[...]
         experts = {name: stack[...] for name, stack in self.experts.items()}
         live = batch.rows < batch.kv_lens.size
         of_kind, kinds = self._kinds(batch, cache, attend)
