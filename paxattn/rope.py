@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,18 @@ class Rope:
 
     Attributes:
         theta: base of the geometric series of wavelengths (Su et al. 2021, arXiv:2104.09864).
-        kind: ``"default"``, ``"linear"`` (position interpolation, Chen et al. 2023,
-            arXiv:2306.15595) or ``"llama3"`` (Llama 3.1's: long wavelengths are stretched, short
-            ones kept, those between blended).
-        factor: how much ``linear`` stretches all, and ``llama3`` the long wavelengths.
-        low_freq_factor: ``llama3``: wavelengths above ``original_max_positions / low_freq_factor``
-            are stretched in full.
-        high_freq_factor: ``llama3``: those below ``original_max_positions / high_freq_factor``
-            are kept.
-        original_max_positions: ``llama3``: context length before stretching, in tokens.
+        kind: ``"default"``; ``"linear"`` (position interpolation, Chen et al. 2023,
+            arXiv:2306.15595); ``"llama3"`` (Llama 3.1's) or ``"yarn"`` (Peng et al. 2023,
+            arXiv:2309.00071): long wavelengths are stretched, short ones kept, those between
+            blended, by frequency (``llama3``) or by their place in the head (``yarn``).
+        factor: how much ``linear`` stretches all, and the last two kinds the long wavelengths.
+        low_freq_factor: of the last two kinds: wavelengths above ``original_max_positions /
+            low_freq_factor`` are stretched in full.
+        high_freq_factor: those below ``original_max_positions / high_freq_factor`` are kept
+            (``llama3``: 1 and 4; ``yarn``, which calls the two beta_slow and beta_fast: 1 and 32).
+        original_max_positions: context length before stretching, in tokens.
+        truncate: ``yarn``: the blended part is widened to whole elements.
+        attention_factor: on cosines and sines. None: ``0.1 ln(factor) + 1`` for ``yarn``, else 1.
     """
 
     theta: float = 10_000.0
@@ -40,6 +43,8 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    truncate: bool = True
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
@@ -48,13 +53,17 @@ class Rope:
             )
         if not self.theta > 0 or not self.factor > 0:
             raise ValueError(f"rope theta={self.theta} and factor={self.factor} must be positive")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.kind in ("llama3", "yarn") and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope low_freq_factor={self.low_freq_factor} must be positive and below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
         if self.original_max_positions < 1:
             raise ValueError(f"rope {self.original_max_positions=} must be positive")
+        if self.kind == "yarn" and not self.theta > 1:
+            raise ValueError(f"rope theta={self.theta} must be above 1 for kind='yarn'")
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ValueError(f"rope attention_factor={self.attention_factor} must be positive")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position, f32[head_dim / 2].
@@ -72,7 +81,23 @@ class Rope:
             keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             keep = np.clip(keep, 0.0, 1.0)
             freqs = keep * freqs + (1 - keep) * freqs / self.factor
+        elif self.kind == "yarn":
+            first, last = (
+                self._element_of(turns, head_dim)
+                for turns in (self.high_freq_factor, self.low_freq_factor)
+            )
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            width = last - first or 0.001  # (as in every implementation: no division by zero)
+            stretch = np.clip((np.arange(head_dim // 2) - first) / width, 0.0, 1.0)
+            freqs = (1 - stretch) * freqs + stretch * freqs / self.factor
         return freqs.astype(np.float32)
+
+    def _element_of(self, turns: float, head_dim: int) -> float:
+        """Which pair of elements turns so often over the old context (a fraction of an index)."""
+        radians = 2 * math.pi * turns / self.original_max_positions
+        return -head_dim * math.log(radians) / (2 * math.log(self.theta))
 
     def angles(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines for `rotate`, shared by all layers of a step.
@@ -85,7 +110,11 @@ class Rope:
             (cos, sin), f32[T, head_dim / 2] each.
         """
         radians = positions.astype(jnp.float32)[:, None] * self.frequencies(head_dim)
-        return jnp.cos(radians), jnp.sin(radians)
+        factor = self.attention_factor
+        if factor is None:
+            factor = 0.1 * math.log(max(self.factor, 1.0)) + 1 if self.kind == "yarn" else 1.0
+        cos, sin = jnp.cos(radians), jnp.sin(radians)
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate heads ``x[T, H, head_dim]`` that stand at ``positions[T]``; keeps x's dtype."""

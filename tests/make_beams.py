@@ -2,18 +2,19 @@
 
 Run it where torch and transformers are installed, after ``make_fixtures.py``:
 
-    python tests/make_beams.py
+    python tests/make_beams.py [name ...]
 
 writes ``tests/fixtures/<name>/beams.npz``: for every combination below, one prompt at a time, the
 sequences and scores that ``generate(num_beams=K, num_return_sequences=K)`` returns.
 """
 
 import itertools
+import sys
 
 import numpy as np
 from make_fixtures import FIXTURES
 
-NAMES = ("llama3", "qwen2", "qwen3")
+NAMES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
 NUM_BEAMS = (2, 4, 8)
 EARLY_STOPPING = (False, True, "never")
 LENGTH_PENALTY = (1.0, 0.0, 2.0)
@@ -49,10 +50,10 @@ def search(model, prompt, num_beams, early_stopping, length_penalty, stop_ids=ST
     return sequences, out.sequences_scores.tolist()
 
 
-def main():
+def main(names):
     from transformers import AutoModelForCausalLM
 
-    for name in NAMES:
+    for name in names or NAMES:
         model = AutoModelForCausalLM.from_pretrained(FIXTURES / name, dtype="float32").eval()
         known = np.load(FIXTURES / name / "expected.npz")
         prompts = np.split(known["prompts"], np.cumsum(known["prompt_lens"])[:-1])
@@ -71,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

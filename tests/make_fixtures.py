@@ -42,6 +42,28 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=32,
 )
 SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]
+TWO_ROPES = dict(
+    full_attention=dict(rope_type="linear", rope_theta=1000.0, factor=2.0),
+    sliding_attention=dict(rope_type="default", rope_theta=100.0),
+)
+GPT_OSS = dict(
+    num_hidden_layers=2,
+    intermediate_size=64,
+    head_dim=16,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    swiglu_limit=1.5,
+    sliding_window=10,
+    rope_parameters=dict(
+        rope_type="yarn",
+        rope_theta=200.0,
+        factor=4.0,
+        beta_fast=8.0,
+        beta_slow=1.0,
+        truncate=False,
+        original_max_position_embeddings=32,
+    ),
+)
 # name: (model_type, changes to COMMON, arguments of save_pretrained)
 FAMILIES = {
     "llama2": ("llama", dict(num_key_value_heads=4), {}),
@@ -59,6 +81,20 @@ FAMILIES = {
         {},
     ),
     "qwen3": ("qwen3", dict(head_dim=16), {}),
+    "gemma2": (
+        "gemma2",
+        dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=9)
+        | dict(attn_logit_softcapping=4.0, final_logit_softcapping=2.0),
+        {},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=11, rope_parameters=TWO_ROPES)
+        | dict(layer_types=[*SLIDING[1:], SLIDING[0]], tie_word_embeddings=False),
+        {},
+    ),
+    "gpt_oss": ("gpt_oss", GPT_OSS, {}),
+    "gpt_oss_mxfp4": ("gpt_oss", GPT_OSS, {}),  # as the released ones are
 }
 
 
@@ -75,11 +111,33 @@ def random_model(name, seed=0, **changes):
         for key, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
             if "norm" in key:
-                noise = 1 + 0.3 * noise
+                noise = ("gemma" not in name) + 0.3 * noise
+            elif value.ndim == 3:  # experts: the input's axis comes before the output's
+                noise = noise * 1.5 * value.shape[-2] ** -0.5
             elif value.ndim == 2:
                 noise = noise * 1.5 * value.shape[-1] ** -0.5
+            if "gemma" in name and "embed" in key:  # which are scaled, and would say all there is
+                noise = noise * 0.3
             value.copy_(noise.half().float())
     return model
+
+
+def quantize_experts(model, seed=0):
+    """Give a gpt-oss random experts that are exact in MXFP4; returns their blocks and scales."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng, packed = np.random.default_rng(seed), {}
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                num, size_in, size_out = value.shape
+                shape = (num, size_out, size_in // 32)
+                blocks = torch.tensor(rng.integers(0, 256, (*shape, 16), np.uint8))
+                scales = torch.tensor(rng.integers(122, 125, shape, np.uint8))
+                value.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+                packed |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    return packed
 
 
 def expected(model, prompts, steps=STEPS):
@@ -119,6 +177,19 @@ def save_checkpoint(model, directory, **options):
     model.half().save_pretrained(directory, **options)
 
 
+def replace_experts(directory, packed):
+    """Rewrite a checkpoint with packed experts."""
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    plain = {name.rsplit("_", 1)[0] for name in packed}
+    tensors = {name: value for name, value in load_file(path).items() if name not in plain}
+    save_file(tensors | packed, path, metadata={"format": "pt"})
+    fields = json.loads((directory / "config.json").read_text())
+    fields["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=["lm_head"])
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
 def to_old_spelling(path):
     """Rewrite a config.json as transformers 4 wrote it."""
     fields = json.loads(path.read_text())
@@ -134,10 +205,13 @@ def main(names):
         if names and name not in names:
             continue
         model = random_model(name, seed)
+        packed = quantize_experts(model, seed + 1) if name.endswith("mxfp4") else {}
         prompts = random_prompts(seed, COMMON["vocab_size"])
         prefill, tokens, decode = expected(model, prompts)
         save_checkpoint(model, FIXTURES / name, **save_options)
-        if name == "llama3":
+        if packed:
+            replace_experts(FIXTURES / name, packed)
+        if name in ("llama3", "gpt_oss_mxfp4"):
             to_old_spelling(FIXTURES / name / "config.json")
         np.savez_compressed(
             FIXTURES / name / "expected.npz",

@@ -35,7 +35,15 @@ def plan(q_lens, *, num_tokens, max_q_len, steps, page_size, num_pages):
     return prefill, decode
 
 
-@partial(jax.jit, static_argnames=("page_size", "num_pages", "attend"))
+# LLVM's optimisations take most of the time here, and what is compared is mathematics.
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+
+
+@partial(
+    jax.jit,
+    static_argnames=("page_size", "num_pages", "attend"),
+    compiler_options=UNOPTIMISED,
+)
 def run(decoder, tokens, forced, prefill, decode, cache=None, attend=None, **sizes):
     """Hidden states and logits of the prefill, logits of every decode step, and the last cache."""
     options = {} if attend is None else {"attend": attend}

@@ -10,6 +10,7 @@ from make_fixtures import FIXTURES
 from paxattn import generate, load
 from paxattn.sampling import SamplingParams
 
+QUICK = [*((NAMES[0], k) for k in (2, 4, 8)), *((name, 4) for name in NAMES[1:3])]
 SHAPE = {"page_size": 8, "max_new_tokens": NEW_TOKENS, "stop_token_ids": STOP_IDS}
 
 
@@ -21,7 +22,7 @@ def prompts_of(name):
 @pytest.mark.parametrize(
     ("name", "num_beams"),
     [
-        pytest.param(name, k, marks=[] if k == 4 or name == NAMES[0] else pytest.mark.slow)
+        pytest.param(name, k, marks=[] if (name, k) in QUICK else pytest.mark.slow)
         for name in NAMES
         for k in (2, 4, 8)
     ],

@@ -17,7 +17,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from paxattn.models import CheckpointError, GenerationConfig, bundled, load
-from paxattn.models.config import config_from_dict, read_json
+from paxattn.models.config import config_from_dict
+from paxattn.models.fields import read_json
 from paxattn.rope import Rope
 from paxattn.sampling import SamplingParams
 
@@ -153,6 +154,10 @@ def test_families():
     without = {k: v for k, v in QWEN3.items() if k != "head_dim"}
     assert config_from_dict(without).head_dim == 128
     assert config_from_dict(MISTRAL | dict(head_dim=None)).head_dim == 8
+    biased = config_from_dict(LLAMA | dict(attention_bias=True))
+    assert biased.qkv_bias
+    assert biased.o_bias
+    assert config_from_dict(LLAMA | dict(hidden_act="gelu_pytorch_tanh")).activation == "gelu_tanh"
     # What transformers ignores, because no such tensor exists.
     assert not config_from_dict(MISTRAL | dict(attention_bias=True)).qkv_bias
     assert config_from_dict(QWEN2 | dict(attention_bias=False)).qkv_bias
@@ -193,8 +198,8 @@ def test_a_byte_order_mark_is_no_error(directory):
         (dict(rms_norm_eps=None), "'rms_norm_eps' is missing"),
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan must be a positive number"),
         (dict(rms_norm_eps="x"), "rms_norm_eps='x' must be a positive number"),
-        (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
-        (dict(attention_bias=True), "attention_bias=True is not supported, only False"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported; supported: silu, swish"),
+        (dict(attention_bias="yes"), "attention_bias='yes' must be true or false"),
         (dict(mlp_bias=True), "mlp_bias=True is not supported"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
         (
@@ -208,8 +213,8 @@ def test_a_byte_order_mark_is_no_error(directory):
         (dict(dtype="int8"), "dtype='int8' is not supported; supported: float32, bfloat16"),
         (dict(torch_dtype=8), "dtype=8 is not supported"),
         (
-            dict(rope_scaling=dict(rope_type="yarn", factor=4.0)),
-            "rope_scaling has rope_type='yarn', which is not supported; supported: default",
+            dict(rope_scaling=dict(rope_type="longrope", factor=4.0)),
+            "rope_scaling has rope_type='longrope', which is not supported; supported: default",
         ),
         (dict(rope_scaling=dict(type="dynamic")), "rope_type='dynamic', which is not supported"),
         (dict(rope_scaling="linear"), "rope_scaling='linear' must be an object"),

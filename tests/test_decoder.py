@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from make_fixtures import FAMILIES, FIXTURES
-from model_steps import plan, teacher_forced
+from model_steps import UNOPTIMISED, plan, teacher_forced
 
-from paxattn.models import Decoder, DecoderConfig, load
-from paxattn.models.decoder import project
+from paxattn.models import Decoder, DecoderConfig, Experts, load
+from paxattn.models.weights import project
 
 SMALL = DecoderConfig(
     vocab_size=64,
@@ -24,6 +24,16 @@ SMALL = DecoderConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
+)
+
+MIXED = replace(
+    SMALL,
+    experts=Experts(num_experts=8, per_token=2),
+    windows=(3, 0, 3),
+    sinks=True,
+    soft_cap=5.0,
+    o_bias=True,
+    out_norms=True,
 )
 
 
@@ -122,12 +132,15 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_program_does_not_grow_with_depth(stacked):
+@pytest.mark.parametrize("config", [SMALL, MIXED], ids=["plain", "mixed"])
+def test_program_does_not_grow_with_depth(stacked, config):
     sizes = dict(page_size=8, num_pages=4)
     batch, _ = plan(jnp.array([2, 3]), num_tokens=8, max_q_len=4, steps=1, **sizes)
     counts = []
     for num_layers in (2, 20):
-        model = numpy_decoder(replace(SMALL, num_layers=num_layers), stacked=stacked)
+        windows = (config.windows * num_layers)[:num_layers]
+        deep = replace(config, num_layers=num_layers, windows=windows)
+        model = numpy_decoder(deep, stacked=stacked)
         jaxpr = jax.make_jaxpr(lambda m, t, b, c: m(t, b, c))(
             model, jnp.zeros(8, jnp.int32), batch, model.init_cache(**sizes)
         )
@@ -150,6 +163,23 @@ def test_separate_storage_copies_no_weights():
     found = set(big.findall(compiled.as_text()))
     assert "parameter" in found
     assert found <= {"parameter", "get-tuple-element", "bitcast"}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_are_never_copied_as_a_whole(stacked):
+    sizes = dict(page_size=8, num_pages=4)
+    batch, _ = plan(np.array([2, 3]), num_tokens=8, max_q_len=4, steps=1, **sizes)
+    config = replace(MIXED, intermediate_size=400)
+    model = numpy_decoder(config, stacked=stacked)
+    step = jax.jit(
+        lambda m, *args: m(*args, attend=lambda q, k, v, cache, batch, **_: (q, cache)),
+    )
+    compiled = step.lower(model, np.zeros(8, np.int32), batch, model.init_cache(**sizes)).compile()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", compiled.as_text())
+    large = {op for shape, op in made if np.prod([*map(int, shape.split(","))]) >= 4 * 400 * 32}
+    assert "parameter" in large
+    assert large <= {"parameter", "get-tuple-element", "bitcast"}
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * 400 * 32 * 4
 
 
 def dense_attend(q, k, v, cache, batch, *, layer, **options):
@@ -175,16 +205,17 @@ def test_attend_can_be_replaced():
     assert_same_logits(found, (prefill, decode), tokens)
 
 
-def test_half_precision():
+@pytest.mark.parametrize("name", ["llama3_tied", "gemma2", "gpt_oss_mxfp4"])
+def test_half_precision(name):
     """Computes in the weights' dtype; close to float32."""
-    prompts, _, prefill, _ = recorded("llama3_tied")
-    model = fixture_model("llama3_tied", dtype="bfloat16")
+    prompts, _, prefill, _ = recorded(name)
+    model = fixture_model(name, dtype="bfloat16")
     sizes = dict(page_size=8, num_pages=39)
     lens = np.array([len(prompt) for prompt in prompts])
     batch, _ = plan(lens, num_tokens=64, max_q_len=33, steps=64, **sizes)
     cache = model.init_cache(**sizes)
     packed = np.concatenate([*prompts, [0] * 7]).astype(np.int32)
-    step = jax.jit(lambda model, *args: model(*args))
+    step = jax.jit(lambda model, *args: model(*args), compiler_options=UNOPTIMISED)
     hidden, _ = step(model, packed, batch, cache)
     logits = model.logits(hidden)
     for array, dtype in ((model.embed[...], "bfloat16"), (cache.k_pages, "bfloat16")):
@@ -234,6 +265,9 @@ def test_errors():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(soft_cap=0.0), "soft_cap=0.0 must be positive, or None"),
+        (dict(sm_scale=-1), "sm_scale=-1 must be positive, or None"),
+        (dict(activation="relu"), "activation='relu' is not known; known: silu, gelu_tanh"),
         (dict(num_layers=0), "num_layers=0 must be a positive integer"),
         (dict(num_kv_heads=3), "num_heads=4 must be a multiple of num_kv_heads=3"),
         (dict(head_dim=7), "head_dim=7 must be even"),
@@ -246,25 +280,64 @@ def test_config_errors(changes, message):
         replace(SMALL, **changes)
 
 
-LIVE = {
-    "llama3": dict(num_hidden_layers=2, hidden_size=48, num_attention_heads=6, vocab_size=200),
-    "mistral": dict(num_hidden_layers=4, num_attention_heads=8, sliding_window=20),
-    "qwen2_sliding": dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=40),
-    "qwen3": dict(num_hidden_layers=4, head_dim=24, hidden_size=40, num_attention_heads=5)
-    | dict(num_key_value_heads=5),
-}
+FULL, LOCAL = "full_attention", "sliding_attention"
+LIVE = [
+    ("llama3", dict(num_hidden_layers=2, hidden_size=48, num_attention_heads=6, vocab_size=200)),
+    ("llama2", dict(attention_bias=True, hidden_act="gelu_pytorch_tanh")),
+    ("mistral", dict(num_hidden_layers=4, num_attention_heads=8, sliding_window=20)),
+    ("qwen2_sliding", dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=40)),
+    (
+        "qwen2",
+        dict(rope_parameters=dict(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5)),
+    ),
+    (
+        "qwen3",
+        dict(num_hidden_layers=4, head_dim=24, hidden_size=40, num_attention_heads=5)
+        | dict(num_key_value_heads=5),
+    ),
+    (  # everything that may be left out, and windows where the family has none by default
+        "gemma2",
+        dict(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=20)
+        | dict(layer_types=[FULL, LOCAL, LOCAL], tie_word_embeddings=False, attention_bias=True),
+    ),
+    (
+        "gemma2",
+        dict(num_hidden_layers=4, hidden_size=48, num_attention_heads=6, num_key_value_heads=1)
+        | dict(head_dim=12, query_pre_attn_scalar=100, vocab_size=200, sliding_window=3),
+    ),
+    (  # the family's own layers and rotations
+        "gemma3",
+        dict(num_hidden_layers=7, layer_types=None, rope_parameters=None, num_key_value_heads=1)
+        | dict(tie_word_embeddings=True, final_logit_softcapping=5.0, attn_logit_softcapping=3.0),
+    ),
+    (
+        "gemma3",
+        dict(layer_types=[LOCAL] * 3, head_dim=24, sliding_window=30, attention_bias=True),
+    ),
+    (
+        "gpt_oss",
+        dict(num_hidden_layers=3, num_local_experts=5, num_experts_per_tok=3, head_dim=24)
+        | dict(num_key_value_heads=1, sliding_window=25, attention_bias=False, swiglu_alpha=1.2)
+        | dict(rope_parameters=None, tie_word_embeddings=True),
+    ),
+    (
+        "gpt_oss",
+        dict(num_local_experts=3, num_experts_per_tok=1, layer_types=[LOCAL] * 2)
+        | dict(intermediate_size=40, num_key_value_heads=4, max_position_embeddings=400),
+    ),
+]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", LIVE)
-def test_live_comparison(name, tmp_path: Path):
+@pytest.mark.parametrize("case", range(len(LIVE)))
+def test_live_comparison(case, tmp_path: Path):
     """Other sizes and seeds than the recorded ones, where torch and transformers are installed."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     import make_fixtures
 
-    seed = 100 + list(LIVE).index(name)
-    model = make_fixtures.random_model(name, seed, **LIVE[name])
+    (name, changes), seed = LIVE[case], 100 + case
+    model = make_fixtures.random_model(name, seed, **changes)
     prompts = make_fixtures.random_prompts(seed, model.config.vocab_size, lens=(40, 1, 16, 27))
     prefill, tokens, decode = make_fixtures.expected(model, prompts)
     make_fixtures.save_checkpoint(model, tmp_path / name)

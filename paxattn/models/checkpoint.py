@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from paxattn.models.config import CheckpointError, DecoderConfig, read_config, read_json
-from paxattn.models.decoder import Decoder, kernel_shapes, model_shapes, vector_shapes
+from paxattn.models.assemble import Progress, read_model
+from paxattn.models.config import read_config
+from paxattn.models.decoder import Decoder
+from paxattn.models.decoder_config import DecoderConfig
+from paxattn.models.fields import CheckpointError, read_json
 from paxattn.models.tensors import TensorFiles
 
-Progress = Callable[[int, int], None]
-"""``progress(bytes_read, bytes_total)``."""
-
-# The decoder's names: those in the file, joined along the second axis where there are several.
-_ONCE = {
-    "embed": ("model.embed_tokens.weight",),
-    "norm": ("model.norm.weight",),
-    "head": ("lm_head.weight",),
-}
-_IN_LAYER = {
-    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "o": ("self_attn.o_proj.weight",),
-    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "down": ("mlp.down_proj.weight",),
-    "attention_norm": ("input_layernorm.weight",),
-    "mlp_norm": ("post_attention_layernorm.weight",),
-    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    "q_norm": ("self_attn.q_norm.weight",),
-    "k_norm": ("self_attn.k_norm.weight",),
-}
-# Stored by older versions of transformers, computed here.
-_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "config.json",
@@ -118,7 +97,7 @@ def load(
     stacked: bool | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Load a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+    """Load a Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) or gpt-oss checkpoint.
 
     Arrays are read and converted one at a time; there is never a second copy of the model.
 
@@ -140,7 +119,7 @@ def load(
     tokenizer = _read_tokenizer(directory, config.vocab_size)
     generation_config = _read_generation_config(directory)
     with TensorFiles(directory) as files:
-        model = _read_model(files, config, dtype, stacked, progress)
+        model = read_model(files, config, dtype, stacked, progress)
     return Checkpoint(
         model=model,
         config=config,
@@ -148,103 +127,6 @@ def load(
         generation_config=generation_config,
         directory=directory,
     )
-
-
-def _tensor_shapes(
-    name: str, layer: int | None, shape: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
-    """The tensors that make up one of the decoder's arrays, with their shapes in the file."""
-    names: tuple[str, ...] = _ONCE.get(name, ())
-    if layer is not None:
-        names = tuple(f"model.layers.{layer}.{suffix}" for suffix in _IN_LAYER[name])
-    if name.startswith("qkv"):
-        kv_heads, group_and_two, head_dim, *rest = shape
-        rows = [kv_heads * count * head_dim for count in (group_and_two - 2, 1, 1)]
-        return {one: (size, *rest) for one, size in zip(names, rows, strict=True)}
-    return dict.fromkeys(names, shape[-2:])
-
-
-def _join(name: str, parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The decoder's array from the file's."""
-    if name.startswith("qkv"):  # by KV head: its queries, its key, its value
-        kv_heads, _, *rest = shape
-        return np.concatenate([part.reshape(kv_heads, -1, *rest) for part in parts], axis=1)
-    return np.stack(parts) if len(parts) > 1 else parts[0]
-
-
-def _read_model(
-    files: TensorFiles,
-    config: DecoderConfig,
-    dtype: DTypeLike | None,
-    stacked: bool | None,
-    progress: Progress | None,
-) -> Decoder:
-    """Check the inventory, then build the decoder array by array."""
-    if config.num_layers > len(files.shapes):  # before as many names are made up
-        raise CheckpointError(
-            f"{files.directory}: has {len(files.shapes)} tensors, but config.json says "
-            f"num_hidden_layers={config.num_layers}; check config.json against the checkpoint"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in model_shapes(config).items():
-        shapes |= _tensor_shapes(name, None, shape)
-    in_layer = kernel_shapes(config) | vector_shapes(config)
-    for layer in range(config.num_layers):
-        for name, shape in in_layer.items():
-            shapes |= _tensor_shapes(name, layer, shape)
-    (embed,), (head,) = _ONCE["embed"], _ONCE["head"]
-    ignored = [name for name in files.shapes if _IGNORED.search(name)]
-    if config.tie_embeddings and head in files.shapes:
-        _check_tied(files, head, embed)
-        ignored.append(head)
-    files.forget(ignored)
-    files.check(shapes)
-    target = _weight_dtype(dtype, config.dtype or files.dtype(embed))
-    total, done = sum(map(files.size, shapes)), 0
-
-    def weights(name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-        nonlocal done
-        parts = []
-        for tensor_name in _tensor_shapes(name, layer, shape):
-            parts.append(_convert(files.read(tensor_name), target, tensor_name))
-            done += files.size(tensor_name)
-        if progress is not None:
-            progress(done, total)
-        return _join(name, parts, shape)
-
-    return Decoder(config, dtype=target, stacked=stacked, weights=weights)
-
-
-def _weight_dtype(wanted: DTypeLike | None, stored: str) -> np.dtype:
-    """What was asked for, or else what it is stored in."""
-    if wanted is None:
-        return np.dtype("float32" if stored == "float64" else stored)
-    try:
-        return np.dtype(wanted)
-    except TypeError:
-        raise ValueError(f"dtype={wanted!r} must be float32, bfloat16 or float16") from None
-
-
-def _convert(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """To the wanted dtype, on the host: no compilation, no second copy on the device."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        converted = array.astype(dtype, copy=False)
-    # Only float16 is narrower in range than what it may be converted from.
-    narrows = dtype == np.float16 and array.dtype != np.float16
-    if narrows and np.isinf(converted).any() and not np.isinf(array).any():
-        raise CheckpointError(
-            f"tensor {name} has values beyond float16's range; load it in bfloat16 or float32"
-        )
-    return converted
-
-
-def _check_tied(files: TensorFiles, head: str, embed: str) -> None:
-    """A tied model's head, where one is stored too, must be the embedding."""
-    if embed in files.shapes and not np.array_equal(files.read(head), files.read(embed)):
-        raise CheckpointError(
-            f"{files.directory}: config.json says tie_word_embeddings, but {head} differs from "
-            f"{embed}; set tie_word_embeddings to false there to use both"
-        )
 
 
 def _directory(path: str | PathLike[str]) -> Path:
@@ -305,6 +187,8 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
     path = directory / "generation_config.json"
     fields = read_json(path) if path.is_file() else {}
     base = read_json(directory / "config.json")
+    if isinstance(base.get("text_config"), dict):
+        base = {**base["text_config"], **base}
 
     def look_up(key: str) -> tuple[Any, Path]:
         return (fields[key], path) if key in fields else (base.get(key), directory / "config.json")

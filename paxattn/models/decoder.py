@@ -1,7 +1,8 @@
-"""A decoder-only transformer over a paged cache: Llama, Mistral, Qwen2 and Qwen3.
+"""A decoder-only transformer over a paged cache, for the families that `families` lists.
 
 Layers run in one ``lax.scan`` that carries the residual stream and the cache, so compile time does
-not grow with depth. Where a layer's matrices lie depends on the machine:
+not grow with depth; what differs between families is data. Where a layer's matrices lie depends on
+the machine:
 
 - *stacked*, ``[num_layers, out..., in]``, which the scan slices: for accelerators. XLA hands the
   slices that a scan makes to cuBLAS in place, but copies those made by an index, and copies either
@@ -10,13 +11,12 @@ not grow with depth. Where a layer's matrices lie depends on the machine:
 - *separate*, ``num_layers`` arrays ``[out..., in]``, chosen among by ``lax.switch``: for CPUs,
   where XLA copies a slice before each product, which doubles the time of a decode step.
 
-`project` is the one place that knows. The input's axis comes last, as in Hugging Face checkpoints:
-nothing is transposed on loading, and on a CPU the product of few rows is faster that way round.
+`weights.project` is the one place that knows. Experts' matrices are always stacked, and never
+sliced by the scan: which of them are read is up to the tokens (see `experts`).
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,122 +26,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from paxattn.kv_cache import KVCache, init_kv_cache
-from paxattn.models.config import DecoderConfig
+from paxattn.models.decoder_config import DecoderConfig
+from paxattn.models.experts import mix_experts
+from paxattn.models.weights import (
+    Kernel,
+    Weights,
+    expert_shapes,
+    kernel_shapes,
+    model_shapes,
+    product,
+    project,
+    random_weights,
+    stack_layers,
+    vector_shapes,
+)
 from paxattn.nn import attend as paged_attend
 from paxattn.nn import attend_heads, rms_norm, schedule_attention
 from paxattn.ragged import RaggedBatch
 from paxattn.rope import rotate
 
-Kernel = jax.Array | tuple[jax.Array, ...]
-# weights(name, layer, shape) -> array; layer is None for what the model has once.
-Weights = Callable[[str, int | None, tuple[int, ...]], jax.Array | np.ndarray]
-
-
-def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Matrices of one layer, by name: (out..., in).
-
-    Those with the same input are one. ``qkv`` is grouped by KV head: its query heads, its key, its
-    value. ``gate_up`` is both halves of the MLP's first step. Fewer, larger products; and a mesh
-    can shard ``qkv`` over KV heads and ``gate_up`` over its second axis.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    group = config.num_heads // config.num_kv_heads
-    return {
-        "qkv": (config.num_kv_heads, group + 2, config.head_dim, hidden),
-        "o": (hidden, config.num_heads * config.head_dim),
-        "gate_up": (2, inner, hidden),
-        "down": (hidden, inner),
-    }
-
-
-def vector_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Norms and biases of one layer, by name."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention_norm": (config.hidden_size,),
-        "mlp_norm": (config.hidden_size,),
-    }
-    if config.qkv_bias:
-        shapes["qkv_bias"] = kernel_shapes(config)["qkv"][:-1]
-    if config.qk_norm:
-        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    return shapes
-
-
-def model_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Arrays that the model has once, by name."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"embed": table, "norm": (config.hidden_size,)}
-    return shapes if config.tie_embeddings else shapes | {"head": table}
-
-
-def random_weights(rngs: nnx.Rngs, dtype: np.dtype) -> Weights:
-    """Initial values: matrices normal with variance 1 / in, norms one, biases zero."""
-    key = rngs.params()
-
-    def weights(name: str, layer: int | None, shape: tuple[int, ...]) -> jax.Array | np.ndarray:
-        if name.endswith(("norm", "bias")):
-            return np.full(shape, name.endswith("norm"), dtype)
-        place = zlib.crc32(f"{name}.{layer}".encode())
-        return _normal(key, np.uint32(place), shape, dtype)
-
-    return weights
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _normal(key: jax.Array, place: ArrayLike, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    key = jax.random.fold_in(key, place)
-    return (jax.random.normal(key, shape) * shape[-1] ** -0.5).astype(dtype)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, array: jax.Array) -> jax.Array:
-    # Not stack.at[layer].set: XLA's scatter widens a whole bf16 stack to f32 on some CPUs.
-    return lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
-
-
-# Up to so many tokens a CPU multiplies faster with the large matrix on the left (measured).
-_FEW_TOKENS = 16
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a[m, in]`` and ``b[n, in]`` to ``[m, n]``, accumulated in float32."""
-    contract_last = (((1,), (1,)), ((), ()))
-    return lax.dot_general(a, b, contract_last, preferred_element_type=jnp.float32)
-
-
-def _flat(kernel: jax.Array) -> jax.Array:
-    """``[out..., in]`` to ``[out, in]``: of more axes XLA's CPU backend makes a transposed copy."""
-    return kernel.reshape(-1, kernel.shape[-1])
-
-
-def project(x: jax.Array, kernel: Kernel, layer: jax.Array) -> jax.Array:
-    """Multiply by one layer's matrix, in whichever storage.
-
-    Args:
-        x: ``[T, in]``.
-        kernel: ``[out..., in]``, the layer's own, or a tuple of those of all layers.
-        layer: i32[], which one.
-
-    Returns:
-        ``[T, out...]`` in x's dtype.
-    """
-    if isinstance(kernel, tuple):
-        shape = kernel[0].shape[:-1]
-        few = x.shape[0] <= _FEW_TOKENS
-        branches = [
-            lambda x, one=one: _product(_flat(one), x) if few else _product(x, _flat(one))
-            for one in kernel
-        ]
-        out = lax.switch(layer, branches, x)
-        # Out here, where XLA cannot turn the product round again.
-        out = out.T if few else out
-    else:
-        shape = kernel.shape[:-1]
-        out = _product(x, _flat(kernel))
-    return out.reshape(-1, *shape).astype(x.dtype)
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Decoder(nnx.Module):
@@ -158,8 +68,11 @@ class Decoder(nnx.Module):
             is in the batch (static; may be set after loading).
         embed: ``[vocab_size, hidden_size]``.
         kernels: name to a Param ``[num_layers, out..., in]``, or to a tuple of as many Params
-            ``[out..., in]``; see `kernel_shapes`.
-        vectors: name to a Param ``[num_layers, ...]``: norms and biases; see `vector_shapes`.
+            ``[out..., in]``; see `weights.kernel_shapes`.
+        experts: name to a Param ``[num_layers, num_experts, out..., in]``; see
+            `weights.expert_shapes`. Empty for most families.
+        vectors: name to a Param ``[num_layers, ...]``: norms, biases and sinks; see
+            `weights.vector_shapes`.
         norm: ``[hidden_size]``, the final norm.
         head: ``[vocab_size, hidden_size]``; None when tied to the embedding.
     """
@@ -204,11 +117,7 @@ class Decoder(nnx.Module):
         def store(name: str, shape: tuple[int, ...]) -> nnx.Param | tuple[nnx.Param, ...]:
             if not stacked:
                 return tuple(nnx.Param(jnp.asarray(weights(name, i, shape))) for i in layers)
-            # Filled in place, so that no second copy of the stack ever exists.
-            stack = jnp.zeros((config.num_layers, *shape), dtype)
-            for layer in layers:
-                stack = _set_layer(stack, np.int32(layer), weights(name, layer, shape))
-            return nnx.Param(stack)
+            return stack_layers(weights, name, config.num_layers, shape, dtype)
 
         def store_vector(name: str, shape: tuple[int, ...]) -> nnx.Param:
             return nnx.Param(jnp.asarray(np.stack([weights(name, i, shape) for i in layers])))
@@ -223,6 +132,12 @@ class Decoder(nnx.Module):
         self.embed, self.norm, self.head = once["embed"], once["norm"], once.get("head")
         kernels = {name: store(name, shape) for name, shape in kernel_shapes(config).items()}
         self.kernels = nnx.data(kernels)
+        self.experts = nnx.data(
+            {
+                name: stack_layers(weights, name, config.num_layers, shape, dtype)
+                for name, shape in expert_shapes(config).items()
+            }
+        )
         vectors = {name: store_vector(name, shape) for name, shape in vector_shapes(config).items()}
         self.vectors = nnx.data(vectors)
 
@@ -268,25 +183,36 @@ class Decoder(nnx.Module):
         if isinstance(cache, KVCache):
             self._check_cache(cache)
         x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
-        cos, sin = config.rope.angles(batch.positions, config.head_dim)
-        stacked: dict[str, Kernel] = {}
+        if config.scale_embeddings:
+            # The factor is rounded first, as in transformers.
+            x = x * jnp.asarray(np.float32(config.hidden_size**0.5), x.dtype)
         separate: dict[str, Kernel] = {}
+        stacked: dict[str, Kernel] = {}
         for name, kernel in self.kernels.items():
             if isinstance(kernel, tuple):
                 separate[name] = tuple(one[...] for one in kernel)
             else:
                 stacked[name] = kernel[...]
-        attend_options, kinds = self._attend_options(batch, cache, attend)
+        experts = {name: stack[...] for name, stack in self.experts.items()}
+        live = batch.rows < batch.kv_lens.size
+        of_kind, kinds = self._kinds(batch, cache, attend)
 
         def layer_step(carry: tuple[jax.Array, Any], per_layer: Any) -> tuple[Any, None]:
             x, cache = carry
             layer, vectors, kind, own = per_layer
             kernels: dict[str, Kernel] = separate | own
 
-            h = rms_norm(x, vectors["attention_norm"], config.norm_eps)
-            qkv = project(h, kernels["qkv"], layer)  # [T, num_kv_heads, group + 2, head_dim]
-            if config.qkv_bias:
-                qkv = qkv + vectors["qkv_bias"]
+            def norm(x: jax.Array, name: str) -> jax.Array:
+                weight = vectors.get(name)
+                return x if weight is None else rms_norm(x, weight, config.norm_eps)
+
+            def linear(x: jax.Array, name: str) -> jax.Array:
+                return project(x, kernels[name], layer, vectors.get(f"{name}_bias"))
+
+            qkv = linear(norm(x, "attention_norm"), "qkv")  # [T, num_kv_heads, group + 2, head_dim]
+            options, (cos, sin) = of_kind(kind)
+            if config.sinks:
+                options["sinks"] = vectors["sinks"]
             out, cache = attend_heads(
                 qkv[:, :, :-2].reshape(-1, config.num_heads, config.head_dim),
                 qkv[:, :, -2],
@@ -299,13 +225,19 @@ class Decoder(nnx.Module):
                 norm_eps=config.norm_eps,
                 rotate=partial(rotate, cos=cos, sin=sin),
                 attend=attend,
-                **attend_options(kind),
+                **options,
             )
-            x = x + project(out.reshape(x.shape[0], -1), kernels["o"], layer)
-            h = rms_norm(x, vectors["mlp_norm"], config.norm_eps)
-            gate_up = project(h, kernels["gate_up"], layer)  # [T, 2, intermediate_size]
-            h = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-            x = x + project(h, kernels["down"], layer)
+            out = linear(out.reshape(x.shape[0], -1), "o")
+            x = x + norm(out, "attention_out_norm")
+            h = norm(x, "mlp_norm")
+            if config.experts is None:
+                gate_up = linear(h, "gate_up")  # [T, 2, intermediate_size]
+                h = _ACTIVATIONS[config.activation](gate_up[:, 0]) * gate_up[:, 1]
+                h = linear(h, "down")
+            else:
+                logits = linear(h, "router")
+                h = mix_experts(h, logits, live, experts, vectors, layer, config.experts)
+            x = x + norm(h, "mlp_out_norm")
             return (x, cache), None
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -320,40 +252,56 @@ class Decoder(nnx.Module):
         last one.
         """
         head = self.embed if self.head is None else self.head
-        return _product(hidden, head[...])
+        logits = product(hidden, head[...])
+        cap = self.config.final_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _attend_options(
+    def _kinds(
         self, batch: RaggedBatch, cache: Any, attend: Callable
-    ) -> tuple[Callable[[jax.Array | None], dict[str, Any]], jax.Array | None]:
-        """Options for ``attend`` by kind of layer, and the layers' kinds, i32[num_layers].
+    ) -> tuple[Callable[[jax.Array | None], tuple[dict[str, Any], Any]], jax.Array | None]:
+        """What layers have in common by kind, and the layers' kinds, i32[num_layers].
 
-        Layers with the same sliding window are of a kind, and share the schedule of the step.
+        Layers with the same sliding window are of a kind. They share the options for ``attend``,
+        with the schedule of the step, and the rotation's angles, (cos, sin).
         """
-        kinds = sorted(set(self.config.windows)) or [0]
+        config = self.config
+        windows = sorted(set(config.windows)) or [0]
+        given = dict(sm_scale=config.sm_scale, soft_cap=config.soft_cap)
+        common = {name: value for name, value in given.items() if value is not None}
 
-        def options(window: ArrayLike | None) -> dict[str, Any]:
-            options: dict[str, Any] = dict(sliding_window=window)
+        def kind(window: int) -> tuple[dict[str, Any], Any]:
+            rope = config.local_rope if window and config.local_rope else config.rope
+            # One window for all layers stays a Python number, which a kernel may build upon.
+            alone = len(windows) == 1
+            options: dict[str, Any] = dict(
+                sliding_window=(window or None) if alone else jnp.int32(window)
+            )
             if attend is paged_attend:
                 options["schedule"] = schedule_attention(
                     batch,
                     cache,
-                    num_q_heads=self.config.num_heads,
+                    num_q_heads=config.num_heads,
                     dtype=self.embed[...].dtype,
                     implementation=self.implementation,
                     fixed_split=self.fixed_split,
+                    **common,
                     **options,
                 )
-            return options
+            return options, rope.angles(batch.positions, config.head_dim)
 
-        if len(kinds) == 1:
-            # One window for all layers stays a Python number, which a kernel may build upon.
-            common = options(kinds[0] or None)
-            return lambda kind: common, None
-        each = [options(window) for window in jnp.asarray(kinds, jnp.int32)]
+        each = [kind(window) for window in windows]
+        if len(each) == 1:
+            (options, angles), *_ = each
+            return lambda kind: ({**common, **options}, angles), None
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         pick = partial(lax.dynamic_index_in_dim, keepdims=False)
-        of_layer = jnp.asarray([kinds.index(window) for window in self.config.windows], jnp.int32)
-        return lambda kind: jax.tree.map(lambda x: pick(x, kind), stacked), of_layer
+        of_layer = jnp.asarray([windows.index(window) for window in config.windows], jnp.int32)
+
+        def of_kind(kind: jax.Array | None) -> tuple[dict[str, Any], Any]:
+            options, angles = jax.tree.map(lambda x: pick(x, kind), stacked)
+            return {**common, **options}, angles
+
+        return of_kind, of_layer
 
     def _check_cache(self, cache: KVCache) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim"):

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from paxattn.models.config import CheckpointError, read_json
+from paxattn.models.fields import CheckpointError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_PACKED = ("_blocks", "_scales")  # MXFP4
 
 
 class TensorFiles:
-    """The floating point tensors of a directory, by name. A context manager.
+    """The tensors of a directory, by name. A context manager.
 
     Opening reads the files' headers only; `read` reads one tensor.
 
@@ -101,8 +102,8 @@ class TensorFiles:
         """Require exactly these tensors.
 
         Raises:
-            CheckpointError: tensors are missing, unexpected, of another shape, or not floating
-                point.
+            CheckpointError: tensors are missing, unexpected, of another shape, or neither floating
+                point nor parts of an MXFP4 one.
         """
         missing = [name for name in shapes if name not in self.shapes]
         if missing:
@@ -123,10 +124,11 @@ class TensorFiles:
                     f"{path}: tensor {name} has shape {self.shapes[name]}, but config.json asks "
                     f"for {shape}"
                 )
-            if self._dtypes[name] not in _ITEMSIZE:
+            suitable = ("U8",) if name.endswith(_PACKED) else tuple(_ITEMSIZE)
+            if self._dtypes[name] not in suitable:
                 raise CheckpointError(
                     f"{path}: tensor {name} is {self._dtypes[name]}; supported are "
-                    f"{', '.join(_ITEMSIZE)} (quantized checkpoints are not)"
+                    f"{', '.join(suitable)} (quantized checkpoints are not, but for MXFP4 experts)"
                 )
 
     def read(self, name: str) -> np.ndarray:
