@@ -241,6 +241,7 @@ def test_doctor(monkeypatch, capfd):
     assert code == 0
     for word in ("jax", "flax", "reference", "mosaic_gpu", "mosaic_tpu", "python"):
         assert word in out
+    assert "Your table: ~" in out  # pasted into a report, it does not name the user
 
 
 def test_plan(monkeypatch, capfd):

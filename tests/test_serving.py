@@ -436,6 +436,8 @@ def test_engine_stats():
     while served.num_unfinished:
         served.step()
         seen.append(served.stats)
+        owners = served.state.owners
+        assert (owners < served.max_requests).sum() == seen[-1].running
     assert max(stats.waiting for stats in seen) == 5  # before the first block
     assert max(stats.running for stats in seen) == ROWS
     assert max(stats.pages_shared for stats in seen) == 3

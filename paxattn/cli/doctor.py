@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import click
 import jax
@@ -64,4 +65,7 @@ def _show_tuned(console: Output) -> None:
         console.print(
             "No tuned configs for these devices: heuristics choose (paxattn bench --tune)."
         )
-    console.print(f"Your table: {tuning.user_table()}", markup=False, soft_wrap=True)
+    path = tuning.user_table()
+    if path.is_relative_to(Path.home()):
+        path = "~" / path.relative_to(Path.home())
+    console.print(f"Your table: {path}", markup=False, soft_wrap=True)

@@ -172,6 +172,11 @@ class Engine:
         return len(self._places) + sum(delta.finish_reason is not None for delta in self._pending)
 
     @property
+    def state(self) -> ServeState:
+        """Everything on the device, to look at; the next call that changes it takes it away."""
+        return self._state
+
+    @property
     def stats(self) -> EngineStats:
         """How things stand; it looks at every page, so not for every step."""
         return engine_stats(self._state, self._meter)
