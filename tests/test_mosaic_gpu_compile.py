@@ -24,11 +24,13 @@ HEADS = {
 L, N, R, M = 2, 1000, 64, 256
 
 
-def shapes(*, rows, head_dim, page_size, dtype=jnp.bfloat16, batch=R, layers=L):
+def shapes(*, rows, head_dim, page_size, dtype=jnp.bfloat16, batch=R, layers=L, page_dtype=None):
     heads, kv_heads, tokens = HEADS[rows]
     shape = jax.ShapeDtypeStruct
-    pages = shape((layers, N, kv_heads, page_size, head_dim), dtype)
+    pages = shape((layers, N, kv_heads, page_size, head_dim), page_dtype or dtype)
+    scales = shape(pages.shape[:-1], jnp.bfloat16)
     return dict(
+        **({} if page_dtype is None else dict(k_scales=scales, v_scales=scales)),
         q=shape((batch * tokens, heads, head_dim), dtype),
         k_pages=pages,
         v_pages=pages,
@@ -40,7 +42,9 @@ def shapes(*, rows, head_dim, page_size, dtype=jnp.bfloat16, batch=R, layers=L):
     )
 
 
-def kernel(*, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, causal=True):
+def kernel(
+    *, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, causal=True, page_dtype=None
+):
     """The kernel alone, as the heuristic configures it, and its arguments."""
     from paxattn.attention import schedule
     from paxattn.attention.mosaic_gpu.decode import attend
@@ -49,13 +53,18 @@ def kernel(*, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, caus
     heads, kv_heads, tokens = HEADS[rows]
     tile = Tile(
         rows=rows, head_dim=head_dim, page_size=page_size, num_pages=N, max_pages=M,
-        group=heads // kv_heads, single=tokens == 1, causal=causal, soft_cap=soft_cap, dtype=dtype,
-        config=config.default_config(rows=rows, head_dim=head_dim),
+        group=heads // kv_heads, single=tokens == 1, causal=causal, soft_cap=soft_cap,
+        dtype=dtype if page_dtype is None else config.wide_dtype(page_dtype),
+        config=config.default_config(
+            rows=rows, head_dim=head_dim, quantized=page_dtype is not None
+        ), page_dtype=page_dtype,
     )  # fmt: skip
-    given = shapes(rows=rows, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    given = shapes(
+        rows=rows, head_dim=head_dim, page_size=page_size, dtype=dtype, page_dtype=page_dtype
+    )
     for name in ("cu_q_lens", "sliding_window"):
         del given[name]
-    given["q"] = jax.ShapeDtypeStruct((R, kv_heads, rows, head_dim), dtype)
+    given["q"] = jax.ShapeDtypeStruct((R, kv_heads, rows, head_dim), tile.dtype)
     lens = given.pop("kv_lens")
     given["schedule"] = jax.eval_shape(
         functools.partial(
@@ -65,8 +74,14 @@ def kernel(*, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, caus
     )  # fmt: skip
 
     def run(given):
-        one = jnp.int32(1)
-        return attend(**given, window=one, sm_scale=jnp.float32(1), tile=tile, out_dtype=dtype)
+        given, one = dict(given), jnp.int32(1)
+        arrays = [
+            given.pop(name)
+            for name in ("q", "k_pages", "v_pages", "k_scales", "v_scales")
+            if name in given
+        ]
+        options = dict(window=one, sm_scale=jnp.float32(1), tile=tile, out_dtype=dtype)
+        return attend(*arrays, **given, **options)
 
     return run, (given,)
 
@@ -124,6 +139,10 @@ FEW = [
     dict(rows=24, head_dim=256, page_size=64, soft_cap=50.0),
     dict(rows=48, head_dim=128, page_size=16, soft_cap=50.0),
     dict(rows=64, head_dim=64, page_size=32, dtype=jnp.float16),
+    dict(rows=8, head_dim=128, page_size=16, page_dtype=jnp.float8_e4m3fn),
+    dict(rows=16, head_dim=64, page_size=8, page_dtype=jnp.int8, soft_cap=50.0),
+    dict(rows=24, head_dim=256, page_size=64, page_dtype=jnp.float8_e4m3fn),
+    dict(rows=48, head_dim=128, page_size=128, page_dtype=jnp.int8),
 ]
 ALL = [
     dict(rows=rows, head_dim=head_dim, page_size=page_size, **more)
@@ -132,6 +151,15 @@ ALL = [
         config.HEAD_DIMS,
         support.PAGE_SIZES,
         (dict(), dict(dtype=jnp.float16, soft_cap=50.0), dict(causal=False)),
+    )
+    if rows <= config.max_rows(head_dim)
+] + [
+    dict(rows=rows, head_dim=head_dim, page_size=page_size, **more)
+    for rows, head_dim, page_size, more in itertools.product(
+        HEADS,
+        config.QUANTIZED_HEAD_DIMS,
+        support.PAGE_SIZES,
+        (dict(page_dtype=jnp.float8_e4m3fn), dict(page_dtype=jnp.int8, soft_cap=50.0)),
     )
     if rows <= config.max_rows(head_dim)
 ]
@@ -146,7 +174,9 @@ def program(name):
 
 def check_kernel(case, facts):
     (found,) = facts["kernels"]
-    chosen = config.default_config(rows=case["rows"], head_dim=case["head_dim"])
+    chosen = config.default_config(
+        rows=case["rows"], head_dim=case["head_dim"], quantized="page_dtype" in case
+    )
     per_sm = chosen.num_cores // 132
     assert found["name"] == "paged_decode"
     assert found["spills"] == 0
