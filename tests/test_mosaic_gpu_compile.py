@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from paxattn import kv_cache
 from paxattn.attention import paged_attention, paged_attention_decode
 from paxattn.attention.mosaic_gpu import config, support
 
@@ -48,7 +49,7 @@ def kernel(
     """The kernel alone, as the heuristic configures it, and its arguments."""
     from paxattn.attention import schedule
     from paxattn.attention.mosaic_gpu.decode import attend
-    from paxattn.attention.mosaic_gpu.decode_kernel import Tile
+    from paxattn.attention.mosaic_gpu.decode_refs import Tile
 
     heads, kv_heads, tokens = HEADS[rows]
     tile = Tile(
@@ -126,6 +127,32 @@ def decode_layers():
     return jax.jit(steps, donate_argnums=1), (given, (pool, pool))
 
 
+def quantized_layers():
+    """The same with quantised pages and their scales."""
+    given = shapes(rows=8, head_dim=128, page_size=16, layers=4)
+    cache = jax.eval_shape(
+        lambda: kv_cache.init_kv_cache(
+            num_layers=4, num_pages=N, page_size=16, num_kv_heads=8, head_dim=128, dtype="fp8"
+        )
+    )
+    given = dict(q=given["q"], tables=given["block_tables"], lens=given["kv_lens"])
+
+    def steps(given, cache):
+        def layer(carry, i):
+            q, cache = carry
+            new = q.reshape(R, 8, 4, 128)[:, :, 0]
+            cache = kv_cache.write(cache, i, given["tables"][:, 0] * 16 + 3, new, new)
+            o = paged_attention_decode(
+                q, cache.k_pages, cache.v_pages, k_scales=cache.k_scales, v_scales=cache.v_scales,
+                block_tables=given["tables"], kv_lens=given["lens"], layer=i, **ASKED,
+            )  # fmt: skip
+            return (q + o, cache), None
+
+        return jax.lax.scan(layer, (given["q"], cache), jnp.arange(4))[0]
+
+    return jax.jit(steps, donate_argnums=1), (given, cache)
+
+
 def name_of(rows, head_dim, page_size, **options):
     more = "".join(f"-{k}={getattr(v, '__name__', v)}" for k, v in options.items())
     return f"q{rows}-d{head_dim}-p{page_size}{more}"
@@ -164,7 +191,7 @@ ALL = [
     if rows <= config.max_rows(head_dim)
 ]
 KERNELS = {name_of(**case): case for case in [*FEW, *ALL]}
-WHOLE = {f.__name__: f for f in (decode_op, verify_op, decode_layers)}
+WHOLE = {f.__name__: f for f in (decode_op, verify_op, decode_layers, quantized_layers)}
 
 
 def program(name):
@@ -214,3 +241,4 @@ def test_whole_op():
         assert facts["temp"] < L * N * 8 * 16 * 80 * 2, name  # one pool, the smallest of these
     pool = 4 * N * 8 * 16 * 128 * 2
     assert found["decode_layers"]["alias"] >= 2 * pool
+    assert found["quantized_layers"]["alias"] >= pool

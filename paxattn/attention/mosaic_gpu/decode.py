@@ -13,15 +13,8 @@ from jax import lax
 
 from paxattn.attention.mosaic_gpu.common import LOG2E, barriers, operand
 from paxattn.attention.mosaic_gpu.config import value_dim
-from paxattn.attention.mosaic_gpu.decode_kernel import (
-    QUERY_TILES,
-    Inputs,
-    Outputs,
-    Scratch,
-    Tile,
-    consume,
-    produce,
-)
+from paxattn.attention.mosaic_gpu.decode_kernel import consume, produce
+from paxattn.attention.mosaic_gpu.decode_refs import QUERY_TILES, Inputs, Outputs, Scratch, Tile
 from paxattn.attention.schedule import Schedule
 from paxattn.quantized import SCALE_DTYPE
 

@@ -19,7 +19,7 @@ from paxattn.attention.mosaic_gpu import config
 from paxattn.attention.mosaic_gpu.common import LN2, LOWEST
 from paxattn.attention.mosaic_gpu.config import packed_rows
 from paxattn.attention.mosaic_gpu.decode import attend
-from paxattn.attention.mosaic_gpu.decode_kernel import Tile
+from paxattn.attention.mosaic_gpu.decode_refs import Tile
 from paxattn.attention.mosaic_gpu.merge import merge
 from paxattn.attention.mosaic_gpu.plan import Plan, ShortRows
 from paxattn.attention.mosaic_gpu.prefill import prefill_attention
