@@ -120,6 +120,7 @@ def test_a_group_must_fill_a_quarter_of_the_batch():
         {"sinks": True, "soft_cap": 2.0, "layers": 2},
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"page_dtype": "float8_e4m3fn"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -133,7 +134,7 @@ def test_matches_oracle_and_ignores_poison(options):
 
 def test_guesses_see_all_that_is_shared():
     """Whose ancestors are told among the new tokens only: the shared ones are before them all."""
-    inputs = shared_case()
+    inputs = shared_case(dataclasses.replace(CASE, page_dtype="int8"))
     masks = np.concatenate([tree_arrays(comb(1, 2))[0][:n] for n in (*CASE.q_lens, CASE.padding)])
     got = run(inputs, ancestors=masks, shared=found(inputs))
     for have, want in zip(got, run(inputs, ancestors=masks), strict=True):

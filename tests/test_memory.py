@@ -41,7 +41,7 @@ def real_sizes(plan, **shape):
 
 @pytest.mark.parametrize("page_size", [1, 16, 256])
 @pytest.mark.parametrize("shared_prefix", [0, 200])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 def test_plan_agrees_with_what_is_allocated_and_fits(page_size, shared_prefix, dtype):
     shape = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": dtype}
     asked = {"max_len": 2048, "mean_len": 500, "page_size": page_size, **shape}
@@ -94,7 +94,7 @@ def test_plan_counts_a_shared_prefix_once():
         ({"num_layers": 0}, "num_layers=0 must be"),
         ({"num_kv_heads": True}, "num_kv_heads=True must be"),
         ({"head_dim": -1}, "head_dim=-1 must be"),
-        ({"dtype": "int8"}, "dtype=int8 must be floating point"),
+        ({"dtype": "int32"}, "dtype=int32 must be float32, bfloat16, float16"),
         ({"page_size": 257}, "page_size=257 must be between 1 and 256"),
         ({"page_size": 0}, "page_size=0 must be"),
         ({"mean_len": 3000}, "mean_len=3000 is above max_len=2048"),

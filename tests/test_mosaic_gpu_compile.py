@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from paxattn import kv_cache
 from paxattn.attention import paged_attention, paged_attention_decode
 from paxattn.attention.mosaic_gpu import config, support
 
@@ -24,11 +25,13 @@ HEADS = {
 L, N, R, M = 2, 1000, 64, 256
 
 
-def shapes(*, rows, head_dim, page_size, dtype=jnp.bfloat16, batch=R, layers=L):
+def shapes(*, rows, head_dim, page_size, dtype=jnp.bfloat16, batch=R, layers=L, page_dtype=None):
     heads, kv_heads, tokens = HEADS[rows]
     shape = jax.ShapeDtypeStruct
-    pages = shape((layers, N, kv_heads, page_size, head_dim), dtype)
+    pages = shape((layers, N, kv_heads, page_size, head_dim), page_dtype or dtype)
+    scales = shape(pages.shape[:-1], jnp.bfloat16)
     return dict(
+        **({} if page_dtype is None else dict(k_scales=scales, v_scales=scales)),
         q=shape((batch * tokens, heads, head_dim), dtype),
         k_pages=pages,
         v_pages=pages,
@@ -40,22 +43,29 @@ def shapes(*, rows, head_dim, page_size, dtype=jnp.bfloat16, batch=R, layers=L):
     )
 
 
-def kernel(*, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, causal=True):
+def kernel(
+    *, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, causal=True, page_dtype=None
+):
     """The kernel alone, as the heuristic configures it, and its arguments."""
     from paxattn.attention import schedule
     from paxattn.attention.mosaic_gpu.decode import attend
-    from paxattn.attention.mosaic_gpu.decode_kernel import Tile
+    from paxattn.attention.mosaic_gpu.decode_refs import Tile
 
     heads, kv_heads, tokens = HEADS[rows]
     tile = Tile(
         rows=rows, head_dim=head_dim, page_size=page_size, num_pages=N, max_pages=M,
-        group=heads // kv_heads, single=tokens == 1, causal=causal, soft_cap=soft_cap, dtype=dtype,
-        config=config.default_config(rows=rows, head_dim=head_dim),
+        group=heads // kv_heads, single=tokens == 1, causal=causal, soft_cap=soft_cap,
+        dtype=dtype if page_dtype is None else config.wide_dtype(page_dtype),
+        config=config.default_config(
+            rows=rows, head_dim=head_dim, quantized=page_dtype is not None
+        ), page_dtype=page_dtype,
     )  # fmt: skip
-    given = shapes(rows=rows, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    given = shapes(
+        rows=rows, head_dim=head_dim, page_size=page_size, dtype=dtype, page_dtype=page_dtype
+    )
     for name in ("cu_q_lens", "sliding_window"):
         del given[name]
-    given["q"] = jax.ShapeDtypeStruct((R, kv_heads, rows, head_dim), dtype)
+    given["q"] = jax.ShapeDtypeStruct((R, kv_heads, rows, head_dim), tile.dtype)
     lens = given.pop("kv_lens")
     given["schedule"] = jax.eval_shape(
         functools.partial(
@@ -65,8 +75,14 @@ def kernel(*, rows, head_dim, page_size, dtype=jnp.bfloat16, soft_cap=None, caus
     )  # fmt: skip
 
     def run(given):
-        one = jnp.int32(1)
-        return attend(**given, window=one, sm_scale=jnp.float32(1), tile=tile, out_dtype=dtype)
+        given, one = dict(given), jnp.int32(1)
+        arrays = [
+            given.pop(name)
+            for name in ("q", "k_pages", "v_pages", "k_scales", "v_scales")
+            if name in given
+        ]
+        options = dict(window=one, sm_scale=jnp.float32(1), tile=tile, out_dtype=dtype)
+        return attend(*arrays, **given, **options)
 
     return run, (given,)
 
@@ -111,6 +127,32 @@ def decode_layers():
     return jax.jit(steps, donate_argnums=1), (given, (pool, pool))
 
 
+def quantized_layers():
+    """The same with quantised pages and their scales."""
+    given = shapes(rows=8, head_dim=128, page_size=16, layers=4)
+    cache = jax.eval_shape(
+        lambda: kv_cache.init_kv_cache(
+            num_layers=4, num_pages=N, page_size=16, num_kv_heads=8, head_dim=128, dtype="fp8"
+        )
+    )
+    given = dict(q=given["q"], tables=given["block_tables"], lens=given["kv_lens"])
+
+    def steps(given, cache):
+        def layer(carry, i):
+            q, cache = carry
+            new = q.reshape(R, 8, 4, 128)[:, :, 0]
+            cache = kv_cache.write(cache, i, given["tables"][:, 0] * 16 + 3, new, new)
+            o = paged_attention_decode(
+                q, cache.k_pages, cache.v_pages, k_scales=cache.k_scales, v_scales=cache.v_scales,
+                block_tables=given["tables"], kv_lens=given["lens"], layer=i, **ASKED,
+            )  # fmt: skip
+            return (q + o, cache), None
+
+        return jax.lax.scan(layer, (given["q"], cache), jnp.arange(4))[0]
+
+    return jax.jit(steps, donate_argnums=1), (given, cache)
+
+
 def name_of(rows, head_dim, page_size, **options):
     more = "".join(f"-{k}={getattr(v, '__name__', v)}" for k, v in options.items())
     return f"q{rows}-d{head_dim}-p{page_size}{more}"
@@ -124,6 +166,10 @@ FEW = [
     dict(rows=24, head_dim=256, page_size=64, soft_cap=50.0),
     dict(rows=48, head_dim=128, page_size=16, soft_cap=50.0),
     dict(rows=64, head_dim=64, page_size=32, dtype=jnp.float16),
+    dict(rows=8, head_dim=128, page_size=16, page_dtype=jnp.float8_e4m3fn),
+    dict(rows=16, head_dim=64, page_size=8, page_dtype=jnp.int8, soft_cap=50.0),
+    dict(rows=24, head_dim=256, page_size=64, page_dtype=jnp.float8_e4m3fn),
+    dict(rows=48, head_dim=128, page_size=128, page_dtype=jnp.int8),
 ]
 ALL = [
     dict(rows=rows, head_dim=head_dim, page_size=page_size, **more)
@@ -134,9 +180,18 @@ ALL = [
         (dict(), dict(dtype=jnp.float16, soft_cap=50.0), dict(causal=False)),
     )
     if rows <= config.max_rows(head_dim)
+] + [
+    dict(rows=rows, head_dim=head_dim, page_size=page_size, **more)
+    for rows, head_dim, page_size, more in itertools.product(
+        HEADS,
+        config.QUANTIZED_HEAD_DIMS,
+        support.PAGE_SIZES,
+        (dict(page_dtype=jnp.float8_e4m3fn), dict(page_dtype=jnp.int8, soft_cap=50.0)),
+    )
+    if rows <= config.max_rows(head_dim)
 ]
 KERNELS = {name_of(**case): case for case in [*FEW, *ALL]}
-WHOLE = {f.__name__: f for f in (decode_op, verify_op, decode_layers)}
+WHOLE = {f.__name__: f for f in (decode_op, verify_op, decode_layers, quantized_layers)}
 
 
 def program(name):
@@ -146,7 +201,9 @@ def program(name):
 
 def check_kernel(case, facts):
     (found,) = facts["kernels"]
-    chosen = config.default_config(rows=case["rows"], head_dim=case["head_dim"])
+    chosen = config.default_config(
+        rows=case["rows"], head_dim=case["head_dim"], quantized="page_dtype" in case
+    )
     per_sm = chosen.num_cores // 132
     assert found["name"] == "paged_decode"
     assert found["spills"] == 0
@@ -184,3 +241,4 @@ def test_whole_op():
         assert facts["temp"] < L * N * 8 * 16 * 80 * 2, name  # one pool, the smallest of these
     pool = 4 * N * 8 * 16 * 128 * 2
     assert found["decode_layers"]["alias"] >= 2 * pool
+    assert found["quantized_layers"]["alias"] >= pool

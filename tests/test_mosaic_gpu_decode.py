@@ -43,6 +43,16 @@ CASES = (
     ),
     Case(q_lens=(9, 1, 1), kv_lens=(5, 0, 70), **BF16, heads=(4, 2), padding=3),
     Case(q_lens=(4, 4), kv_lens=(30, 5), **BF16, causal=False, page_size=64, heads=(5, 1)),
+    # quantised pages
+    Case(**EDGES, **BF16, page_dtype="float8_e4m3fn", padding=2, layers=2, window=64),
+    Case(
+        q_lens=(1, 1), kv_lens=(323, 37), **BF16, page_dtype="int8", max_q_len=1, heads=(4, 1),
+        soft_cap=50.0, sinks=True, window=230, page_size=8, head_dim=128,
+    ),
+    Case(
+        q_lens=(5, 1, 0), kv_lens=(18, 130, 0), dtype="float16", page_dtype="float8_e4m3fn",
+        heads=(4, 2), page_size=128,
+    ),
 )  # fmt: skip
 
 

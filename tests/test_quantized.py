@@ -209,7 +209,8 @@ def test_what_does_not_go_together(error, message, changes):
     [("gpu", "NVIDIA H200", "mosaic_gpu"), ("tpu", "TPU v5 lite", "mosaic_tpu")],
 )
 def test_kernels_that_cannot_say_so(platform, kind, name):
-    asked = checks.check(**request(dtype="bfloat16", head_dim=128))
+    long = dict(q_lens=(1, 70), kv_lens=(9, 70), max_q_len=None)
+    asked = checks.check(**request(dtype="bfloat16", head_dim=128, page_size=16, **long))
     made = choice.consider(asked, Target(platform=platform, device_kind=kind), (name, "reference"))
     assert made.implementation == "reference"
     assert "quantised pages (int8)" in dict(made.reasons)[name]

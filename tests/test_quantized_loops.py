@@ -45,6 +45,7 @@ def alone():
     ]
 
 
+@pytest.mark.slow
 def test_samples_share_and_copy_quantised_pages(alone):
     out = generate(MODEL, PROMPTS, **ASK, page_size=4, kv_dtype="int8")
     assert [one.tokens for one in out.completions] == alone
@@ -66,6 +67,28 @@ def test_a_kept_pool_has_its_own_dtype(alone):
         if a.tokens[0] == b.tokens[0]
     ]
     assert 0 < max(apart) < 0.05  # quantised they are, and close
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["generate", "beams", "kept", "engine"])
+def test_every_pool_is_made_of_the_dtype_that_is_asked_for(how, monkeypatch):
+    def init_cache(self, *, dtype, **sizes):
+        raise Asked(dtype)
+
+    monkeypatch.setattr(Decoder, "init_cache", init_cache)
+    kept = KeptPool(MODEL, num_pages=64, page_size=4, kv_dtype="fp8")
+    few = dict(max_new_tokens=4, page_size=4)
+    make = {
+        "generate": lambda: generate(MODEL, PROMPTS, kv_dtype="fp8", **few),
+        "beams": lambda: generate(MODEL, PROMPTS, kv_dtype="fp8", num_beams=2, **few),
+        "kept": lambda: generate(MODEL, PROMPTS, prefix_cache=kept, **few),
+        "engine": lambda: Engine(MODEL, num_pages=4, kv_dtype="fp8"),
+    }[how]
+    with pytest.raises(Asked, match="float8_e4m3fn"):
+        make()
 
 
 def test_dtypes_that_do_not_go():

@@ -71,14 +71,22 @@ def host_error(work: Workload, inputs: Inputs, steps: int, got: jax.Array) -> fl
     tables = np.asarray(inputs.tables[(steps - 1) % inputs.tables.shape[0]])
     ends = np.asarray(inputs.cu_q_lens)
     group, worst = work.num_q_heads // work.num_kv_heads, 0.0
+
+    def of_pages(scales: jax.Array | None, pages: np.ndarray, head: int) -> np.ndarray | float:
+        """What numbers of these pages are multiplied by."""
+        return 1.0 if scales is None else np.asarray(scales[pages, head], np.float64)[..., None]
+
     for row, head in ((0, 0), (len(work.rows) - 1, work.num_kv_heads - 1)):
         stored = work.rows[row][1]
         tokens = slice(max(ends[row], ends[row + 1] - 16), ends[row + 1])
         heads = slice(head * group, (head + 1) * group)
         pages = tables[row, : -(-stored // work.page_size)]
         k, v = (
-            np.asarray(x[pages, head], np.float64).reshape(-1, work.head_dim)[:stored]
-            for x in (inputs.k_pages, inputs.v_pages)
+            (np.asarray(x[pages, head], np.float64) * scale).reshape(-1, work.head_dim)[:stored]
+            for x, scale in (
+                (inputs.k_pages, of_pages(inputs.k_scales, pages, head)),
+                (inputs.v_pages, of_pages(inputs.v_scales, pages, head)),
+            )
         )
         q = np.asarray(inputs.q[tokens, heads], np.float64)
         s = np.einsum("qgd,td->qgt", q, k) * work.head_dim**-0.5

@@ -42,6 +42,11 @@ CASES += [("64x4k", 32, 8, page) for page in (64, 128)]
 CASES += [("64x4k", *heads, 16) for heads in ((32, 4), (64, 8), (32, 32))]
 CASES += [(name, 32, 8, page) for page in (64, 128) for name in ("8x1k", "8x32k")]
 CASES += [(name, *heads, 16) for heads in ((32, 4), (64, 8), (32, 32)) for name in ("8x1k",)]
+QUANTIZED = [
+    (name, 32, 8, page, page_dtype)
+    for page_dtype in ("float8_e4m3fn", "int8")
+    for name, page in (("64x4k", 16), ("64x4k", 128), ("8x1k", 16), ("8x32k", 16))
+]
 
 
 def run(context: Context) -> None:
@@ -52,15 +57,18 @@ def run(context: Context) -> None:
         rate = work.num_bytes / seconds / 1e9
         return {"GB/s": rate, "of read bandwidth": rate / read}
 
-    for name, heads, kv_heads, page in CASES[:4] if context.tiny else CASES:
+    wanted = [(*case, None) for case in CASES] + QUANTIZED
+    wanted = [*wanted[:3], wanted[-1]] if context.tiny else wanted
+    for name, heads, kv_heads, page, page_dtype in wanted:
         work = workload(
             BATCHES[name], tiny=context.tiny, num_q_heads=heads, num_kv_heads=kv_heads,
-            page_size=page,
+            page_size=page, page_dtype=page_dtype,
         )  # fmt: skip
         pages = -(-max(stored for _, stored in work.rows) // work.page_size)
         make = partial(measure.make_inputs, work, multiple=16 if pages < 128 else 128)
         case = {"case": name, "heads": f"{heads}/{kv_heads}", "page": page}
-        compare(context, case, work, make, peers, figures)
+        case |= {"pages": page_dtype or work.dtype}
+        compare(context, case, work, make, {} if page_dtype else peers, figures)
         if (name, heads, kv_heads, page) == CASES[0]:
             context.attempt({"profile of": name}, partial(_profile, context, work, make))
 

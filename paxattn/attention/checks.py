@@ -241,9 +241,11 @@ def _check_pages(
 
 def _check_scales(q: Any, k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any) -> bool:
     """Whether pages are quantised: then they need scales, and else q's dtype."""
-    if k_pages.dtype != v_pages.dtype:
-        raise TypeError(f"v_pages has dtype {v_pages.dtype}, k_pages has {k_pages.dtype}: unlike")
-    quantized = is_quantized(k_pages.dtype)
+    quantized = is_quantized(k_pages.dtype) or is_quantized(v_pages.dtype)
+    if quantized and k_pages.dtype != v_pages.dtype:
+        raise TypeError(
+            f"v_pages has dtype {v_pages.dtype}, k_pages has {k_pages.dtype}: quantise both alike"
+        )
     for side, pages, scales in (("k", k_pages, k_scales), ("v", v_pages, v_scales)):
         if not quantized:
             if pages.dtype != q.dtype:

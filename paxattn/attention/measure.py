@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax import lax
 
 from paxattn.attention.api import paged_attention
 from paxattn.attention.choice import Names
+from paxattn.quantized import head_bytes, quantize
 
 # Bytes of pages that a loop goes through before it meets the first ones again: several times the
 # last cache of any machine.
@@ -41,6 +42,7 @@ class Workload:
         head_dim: D.
         page_size: P, tokens.
         dtype: of queries and pages.
+        page_dtype: of quantised pages; None: pages are of `dtype`.
     """
 
     rows: tuple[tuple[int, int], ...]
@@ -49,6 +51,7 @@ class Workload:
     head_dim: int
     page_size: int
     dtype: str
+    page_dtype: str | None = None
 
     @property
     def max_q_len(self) -> int:
@@ -70,7 +73,8 @@ class Workload:
         """Bytes that must move: every stored key and value once, queries and results."""
         stored = 2 * self.num_kv_heads * sum(stored for _, stored in self.rows)
         new = 2 * self.num_q_heads * self.num_tokens
-        return (stored + new) * self.head_dim * jnp.dtype(self.dtype).itemsize
+        stored *= head_bytes(self.head_dim, self.page_dtype or self.dtype)
+        return stored + new * head_bytes(self.head_dim, self.dtype)
 
     @property
     def num_flops(self) -> int:
@@ -118,6 +122,8 @@ class Inputs:
         tables: i32[turns, R, M], pages in random order; each turn's are its own.
         kv_lens: i32[R].
         cu_q_lens: i32[R + 1].
+        k_scales: bf16[N, Hkv, P] of quantised pages, or None.
+        v_scales: same.
     """
 
     q: jax.Array
@@ -126,6 +132,8 @@ class Inputs:
     tables: jax.Array
     kv_lens: jax.Array
     cu_q_lens: jax.Array
+    k_scales: jax.Array | None = None
+    v_scales: jax.Array | None = None
 
 
 def make_inputs(work: Workload, *, turns: int | None = None, multiple: int = 1) -> Inputs:
@@ -150,7 +158,7 @@ def make_inputs(work: Workload, *, turns: int | None = None, multiple: int = 1) 
     tables[np.broadcast_to(inside, tables.shape)] = pages
     pages_shape = (num_pages, work.num_kv_heads, work.page_size, work.head_dim)
     shapes = ((work.num_tokens, work.num_q_heads, work.head_dim), pages_shape, pages_shape)
-    q, k_pages, v_pages = _draw(shapes, work.dtype)
+    q, (k_pages, k_scales), (v_pages, v_scales) = _draw(shapes, work.dtype, work.page_dtype)
     new, stored = np.asarray(work.rows, np.int32).T
     return Inputs(
         q=q,
@@ -159,17 +167,27 @@ def make_inputs(work: Workload, *, turns: int | None = None, multiple: int = 1) 
         tables=jnp.asarray(tables),
         kv_lens=jnp.asarray(stored),
         cu_q_lens=jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32),
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw(shapes: tuple[tuple[int, ...], ...], dtype: str) -> list[jax.Array]:
-    """Numbers of variance 1, by the generator that compiles and runs fastest."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    shapes: tuple[tuple[int, ...], ...], dtype: str, page_dtype: str | None
+) -> tuple[jax.Array, Any, Any]:
+    """Queries of variance 1, by the generator that compiles and runs fastest; K and V with scales.
+
+    Scales are None if there is no `page_dtype`.
+    """
     bound = 3**0.5
-    return [
+    q, k, v = (
         jax.random.uniform(jax.random.key(seed, impl="rbg"), shape, dtype, -bound, bound)
         for seed, shape in enumerate(shapes)
-    ]
+    )
+    if page_dtype is None:
+        return q, (k, None), (v, None)
+    return q, quantize(k, page_dtype), quantize(v, page_dtype)
 
 
 # op(q, inputs, block_tables i32[R, M]) -> [T, Hq, D]
@@ -184,6 +202,7 @@ def op_of(work: Workload, implementation: Names = None) -> Op:
             q, x.k_pages, x.v_pages,
             block_tables=block_tables, kv_lens=x.kv_lens, cu_q_lens=x.cu_q_lens,
             max_q_len=work.max_q_len, implementation=implementation,
+            k_scales=x.k_scales, v_scales=x.v_scales,
         )  # fmt: skip
 
     return op
@@ -245,9 +264,10 @@ def take_turns(
 def right_answer(work: Workload, inputs: Inputs, steps: int) -> jax.Array:
     """What the last of `steps` calls should give: the reference's answer, computed in float32."""
     turn = inputs.tables[(steps - 1) % inputs.tables.shape[0]]
-    wide = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs
-    )
+    wide = replace(inputs, q=inputs.q.astype(jnp.float32))
+    if work.page_dtype is None:
+        k, v = (x.astype(jnp.float32) for x in (inputs.k_pages, inputs.v_pages))
+        wide = replace(wide, k_pages=k, v_pages=v)
     return jax.jit(op_of(work, "reference"))(wide.q, wide, turn)
 
 

@@ -15,8 +15,9 @@ from rich.table import Table
 import paxattn
 from paxattn.attention import explain, measure, tune, tuning
 from paxattn.attention.measure import Workload
-from paxattn.cli.common import DTYPES, devices, fields, page_size_option
+from paxattn.cli.common import DTYPES, devices, fields, kv_dtype_option, page_size_option
 from paxattn.display import Output
+from paxattn.quantized import is_quantized, page_dtype_name
 
 _SHAPES = {
     "cpu": ("8x256", "8x1024", "1x512/512"),
@@ -41,6 +42,7 @@ _SHAPES = {
     type=click.Choice(DTYPES),
     help="Of queries and pages.  [default: bfloat16; float32 on a CPU]",
 )
+@kv_dtype_option
 @click.option(
     "--implementation",
     help='Such as "reference" or "mosaic_gpu".  [default: what the library chooses]',
@@ -59,6 +61,7 @@ def bench(
     head_dim: int,
     page_size: int,
     dtype: str | None,
+    kv_dtype: str | None,
     implementation: str | None,
     tuned: bool,
     table: Path | None,
@@ -73,6 +76,9 @@ def bench(
     match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", heads)
     if match is None or int(match[2]) == 0 or int(match[1]) % int(match[2]) or not int(match[1]):
         raise click.UsageError(f"--heads {heads}: write 32/8, the former a multiple of the latter")
+    pages = page_dtype_name(kv_dtype)
+    if pages is not None and not is_quantized(pages):
+        raise click.UsageError(f"--kv-dtype {kv_dtype}: pages of floats have the --dtype")
     names = shapes or _SHAPES["cpu" if on_cpu else "other"]
     works = [
         Workload(
@@ -82,6 +88,7 @@ def bench(
             head_dim=head_dim,
             page_size=page_size,
             dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+            page_dtype=pages,
         )
         for name in names
     ]
@@ -144,7 +151,8 @@ def _time(
     out.print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}: "
         f"{one.num_q_heads}/{one.num_kv_heads} heads, head_dim {one.head_dim}, "
-        f"page_size {one.page_size}, {one.dtype}",
+        f"page_size {one.page_size}, {one.dtype}"
+        + (f", pages {one.page_dtype}" if one.page_dtype else ""),
         markup=False,
         soft_wrap=True,
     )
@@ -165,6 +173,7 @@ def _served_by(work: Workload, implementation: str | None) -> str:
     made = explain(
         x.q, x.k_pages, x.v_pages, implementation=implementation, block_tables=tables,
         kv_lens=x.kv_lens, cu_q_lens=x.cu_q_lens, max_q_len=work.max_q_len,
+        k_scales=x.k_scales, v_scales=x.v_scales,
     )  # fmt: skip
     return made.implementation or "nothing"
 

@@ -63,6 +63,17 @@ def store(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
+def widen(ref: Any, dtype: Any) -> jax.Array:
+    """Reads quantised numbers as 16-bit floats, in the layout of a product's operand."""
+    narrow = load(ref, plgpu.Layout.WGMMA_UPCAST_2X)
+    return plgpu.layout_cast(narrow.astype(dtype), plgpu.Layout.WGMMA)
+
+
+def load_scales(ref: Any) -> jax.Array:
+    """Reads a scale per token, f32[B]: one for each row of an accumulator."""
+    return load(ref, plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
+
+
 def barriers(count: int, arrivals: int = 1) -> Any:
     """An array of barriers (jax 0.10 and 0.11 differ on what no number means)."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)

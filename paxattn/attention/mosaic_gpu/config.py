@@ -6,9 +6,13 @@ Nothing here imports Mosaic GPU: the choice of an implementation asks for it on 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+QUANTIZED_HEAD_DIMS = (64, 128, 256)  # of quantised pages
 SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
 _RESERVED_BYTES = 3 * 1024  # per thread block: barriers, the reductions' scratch, alignment
 
@@ -72,29 +76,44 @@ def value_dim(head_dim: int) -> int:
     return -(-head_dim // 64) * 64
 
 
-def shared_bytes(config: Config, *, rows: int, head_dim: int) -> int:
+def wide_dtype(page_dtype: Any) -> str:
+    """What quantised numbers are widened to: what the hardware converts them to, and exactly."""
+    return "bfloat16" if jnp.dtype(page_dtype).name == "int8" else "float16"
+
+
+def shared_bytes(config: Config, *, rows: int, head_dim: int, quantized: bool = False) -> int:
     """Bytes of shared memory that a thread block's arrays take.
 
     Args:
         config: the config.
         rows: of a query tile, from `packed_rows`.
         head_dim: elements per head.
+        quantized: whether pages are.
 
     Returns:
-        The sum over the ring of K and V, two query tiles and the tile of probabilities.
+        The sum over the ring of K and V, two query tiles and the tile of probabilities; of
+        quantised pages, also the scales, and a block that is widened.
     """
     ring = 2 * config.stages * config.block_kv * head_dim
-    return 2 * (ring + 2 * rows * head_dim + rows * config.block_kv)
+    rest = 2 * rows * head_dim + rows * config.block_kv
+    if quantized:
+        return ring + 2 * (2 * config.stages + head_dim) * config.block_kv + 2 * rest
+    return 2 * (ring + rest)
 
 
-def fits(config: Config, per_sm: int, rows: int, head_dim: int) -> bool:
+def fits(config: Config, per_sm: int, rows: int, head_dim: int, *, quantized: bool = False) -> bool:
     """Whether `per_sm` thread blocks have shared memory enough on a multiprocessor."""
     room = SHARED_BYTES // per_sm - _RESERVED_BYTES
-    return shared_bytes(config, rows=rows, head_dim=head_dim) <= room
+    return shared_bytes(config, rows=rows, head_dim=head_dim, quantized=quantized) <= room
 
 
 def default_config(
-    *, rows: int, head_dim: int, num_sms: int = 132, split: int | None = None
+    *,
+    rows: int,
+    head_dim: int,
+    num_sms: int = 132,
+    split: int | None = None,
+    quantized: bool = False,
 ) -> Config:
     """Chooses as many stages as fit, for two thread blocks per multiprocessor where they do.
 
@@ -106,6 +125,7 @@ def default_config(
         head_dim: elements per head.
         num_sms: multiprocessors of the device.
         split: as in `Config`.
+        quantized: whether pages are.
 
     Returns:
         The config.
@@ -113,7 +133,7 @@ def default_config(
     for per_sm in (2, 1) if rows <= 16 else (1,):
         for stages in (4, 3, 2):
             config = Config(block_kv=64, stages=stages, num_cores=per_sm * num_sms, split=split)
-            if fits(config, per_sm, rows, head_dim):
+            if fits(config, per_sm, rows, head_dim, quantized=quantized):
                 return config
     raise NotImplementedError(
         f"{rows=} of {head_dim=} exceed the shared memory of a multiprocessor"

@@ -13,16 +13,10 @@ from jax import lax
 
 from paxattn.attention.mosaic_gpu.common import LOG2E, barriers, operand
 from paxattn.attention.mosaic_gpu.config import value_dim
-from paxattn.attention.mosaic_gpu.decode_kernel import (
-    QUERY_TILES,
-    Inputs,
-    Outputs,
-    Scratch,
-    Tile,
-    consume,
-    produce,
-)
+from paxattn.attention.mosaic_gpu.decode_kernel import consume, produce
+from paxattn.attention.mosaic_gpu.decode_refs import QUERY_TILES, Inputs, Outputs, Scratch, Tile
 from paxattn.attention.schedule import Schedule
+from paxattn.quantized import SCALE_DTYPE
 
 _CONSUMER, _PRODUCER = 0, 1
 
@@ -31,7 +25,7 @@ def attend(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
-    *,
+    *scales: jax.Array,
     block_tables: jax.Array,
     schedule: Schedule,
     layer: jax.Array,
@@ -47,6 +41,7 @@ def attend(
         q: [R, H, Q, D].
         k_pages: [L, N, H, P, D].
         v_pages: same.
+        *scales: of quantised K and V, [L, N, H, P] each.
         block_tables: i32[R, M].
         schedule: from `schedule_decode`, for the same `block_kv`.
         layer: i32[], in range.
@@ -64,7 +59,15 @@ def attend(
     units, slots = q.shape[:2], schedule.merge_counts.shape[0]
     dim_v = value_dim(t.head_dim)
     shape = jax.ShapeDtypeStruct
+    quantized = t.page_dtype is not None
     ring = functools.partial(operand, config.stages, config.block_kv, dtype=t.dtype)
+    more: dict[str, Any] = {}
+    if quantized:
+        # (Narrow swizzles, so that parts of 64 columns can be read.)
+        ring = functools.partial(ring, dtype=t.page_dtype, columns=64)
+        for name in ("k_scales", "v_scales"):
+            more[name] = plgpu.SMEM((config.stages, config.block_kv), SCALE_DTYPE)
+        more["wide"] = operand(config.block_kv, t.head_dim, dtype=t.dtype)
     scratch = Scratch(
         q=operand(QUERY_TILES, t.rows, t.head_dim, dtype=t.dtype),
         k=ring(t.head_dim),
@@ -72,16 +75,18 @@ def attend(
         p=operand(t.rows, config.block_kv, dtype=t.dtype, columns=t.head_dim),  # swizzled as V
         q_full=barriers(QUERY_TILES),
         q_free=barriers(QUERY_TILES),
-        k_full=barriers(config.stages, arrivals=t.pages),
+        k_full=barriers(config.stages, arrivals=t.pages * (1 + t.num_scales)),
         k_free=barriers(config.stages),
         v_full=barriers(config.stages, arrivals=t.pages),
         v_free=barriers(config.stages),
+        **more,
     )
 
     def paged_decode(*refs: Any) -> None:
-        x = Inputs(*refs[:8])
-        out = Outputs(*refs[8:12])
-        s = Scratch(*refs[12:])
+        given = 8 + len(scales)
+        x = Inputs(*refs[:given])
+        out = Outputs(*refs[given : given + 4])
+        s = Scratch(*refs[given + 4 :])
         core = lax.axis_index("core")
         first, last = x.core_items[core], x.core_items[core + 1]
 
@@ -103,7 +108,7 @@ def attend(
             shape((slots, dim_v, t.rows), jnp.float32),
             shape((slots, t.rows), jnp.float32),
         ),
-        scratch_types=list(scratch),
+        scratch_types=[x for x in scratch if x is not None],
         grid=(config.num_cores,),
         grid_names=("core",),
         num_threads=2,
@@ -121,4 +126,5 @@ def attend(
         schedule.core_items,
         jnp.stack([layer, window]).astype(jnp.int32),
         (sm_scale * LOG2E).astype(jnp.float32).reshape(1),
+        *scales,
     )

@@ -38,6 +38,14 @@ and nothing is staged. A unit in one piece gives its final result; a piece of on
 results, o normalised, to be merged (`merge.py`). The log-sum-exp is in base 2 here, and about
 `LOWEST` where nothing was seen.
 
+Quantised pages (fp8, int8) come with a scale for each token: those of K and of V follow a page of K
+by copies of their own into rings of scales, and arrive at its barrier. Numbers are widened in
+registers to what the hardware converts them to (fp8 to f16, int8 to bf16, both without rounding): K
+goes to its product from there, V through a 16-bit block in shared memory, since an operand that is
+transposed must lie there; its place in the ring is then free at once. A key's scale multiplies its
+row of S^T, a value's its row of P^T. So that P^T keeps to [0, 1] (f16 has few exponents), what is
+subtracted from scores is the maximum of `score + log2(scale of V)` there.
+
 The interpreter checks the numbers, the barriers and races, but sees neither layouts, nor
 alignment, nor that `wgmma` is asynchronous, nor a missing `commit_smem`; the compile tests see
 the former two; only a GPU sees the rest.
@@ -46,7 +54,6 @@ the former two; only a GPU sees the rest.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -56,107 +63,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from paxattn.attention import schedule as plan
-from paxattn.attention.mosaic_gpu.common import LOG2E, LOWEST, across, capped, load, store
-from paxattn.attention.mosaic_gpu.config import Config
+from paxattn.attention.mosaic_gpu.common import (
+    LOG2E,
+    LOWEST,
+    across,
+    capped,
+    load,
+    load_scales,
+    store,
+    widen,
+)
+from paxattn.attention.mosaic_gpu.decode_refs import (
+    QUERY_TILES,
+    Inputs,
+    Outputs,
+    Scratch,
+    Tile,
+)
 
 _WGMMA = plgpu.Layout.WGMMA
 _COLUMNS = _WGMMA.reduce(0)  # one number per column of such an array
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-QUERY_TILES = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """What is static about one compiled kernel.
-
-    Attributes:
-        rows: Q.
-        head_dim: D.
-        page_size: P.
-        num_pages: N.
-        max_pages: entries of a row's block table.
-        group: query heads per KV head.
-        single: whether no row has more than one new token.
-        causal: whether a query is blind to later positions.
-        soft_cap: on scaled scores, or None.
-        dtype: of queries and pages.
-        config: block sizes.
-    """
-
-    rows: int
-    head_dim: int
-    page_size: int
-    num_pages: int
-    max_pages: int
-    group: int
-    single: bool
-    causal: bool
-    soft_cap: float | None
-    dtype: Any
-    config: Config
-
-    @property
-    def lazy(self) -> bool:
-        """Whether sums stay per thread until an item's end: cheaper, but takes B x Q numbers."""
-        return self.rows <= 16
-
-    @property
-    def chunks(self) -> tuple[tuple[int, int], ...]:
-        """(First column, size) of the parts of V that are multiplied at a time.
-
-        The tensor cores compute multiples of 64 rows of O^T: where D is none, two parts overlap.
-        Large tiles have not the registers for the product of all columns beside its sum.
-        """
-        if self.head_dim % 64 == 0 and self.rows <= 16:
-            return ((0, self.head_dim),)
-        return tuple((column, 64) for column in self.columns)
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """First columns of parts of 64 that cover V."""
-        return tuple(sorted({*range(0, self.head_dim - 63, 64), self.head_dim - 64}))
-
-    @property
-    def pages(self) -> int:
-        """Pages per block: 1 where a page holds several blocks."""
-        return max(self.config.block_kv // self.page_size, 1)
-
-
-class Inputs(NamedTuple):
-    """In global memory."""
-
-    q: Any  # [R, H, Q, D]
-    k_pages: Any  # [L, N, H, P, D]
-    v_pages: Any  # same
-    block_tables: Any  # i32[R, M]
-    items: Any  # i32[W, COLUMNS]
-    core_items: Any  # i32[C + 1]
-    numbers: Any  # i32[2]: layer, window
-    scale: Any  # f32[1], of scores, log2(e) included
-
-
-class Outputs(NamedTuple):
-    """In global memory."""
-
-    o: Any  # [R, H, V, Q]
-    lse: Any  # f32[R, H, Q]
-    o_parts: Any  # f32[S, V, Q]
-    lse_parts: Any  # f32[S, Q]
-
-
-class Scratch(NamedTuple):
-    """In shared memory, of one thread block."""
-
-    q: Any  # [2, Q, D]
-    k: Any  # [stages, B, D]
-    v: Any  # [stages, B, V]
-    p: Any  # [Q, B]
-    q_full: Any
-    q_free: Any
-    k_full: Any
-    k_free: Any
-    v_full: Any
-    v_free: Any
 
 
 class _Item(NamedTuple):
@@ -208,16 +135,18 @@ def produce(x: Inputs, s: Scratch, first: jax.Array, last: jax.Array, t: Tile) -
             part = lax.rem(part, jnp.int32(t.page_size // size)) * size
             inside = pl.ds(0 if size == t.page_size else part, size)
 
-            def copy(pages: Any, ring: Any, free: Any, full: Any) -> None:
+            def copy(free: Any, full: Any, *pools: tuple[Any, Any]) -> None:
                 pl.when(place >= stages)(lambda: plgpu.barrier_wait(free.at[at]))
                 for p, number in enumerate(numbers):
                     page = jnp.clip(number, 0, t.num_pages - 1)
-                    source = pages.at[layer, page, item.head, inside]
-                    to = ring.at[at, pl.ds(p * size, size)]
-                    plgpu.copy_gmem_to_smem(source, to, full.at[at])
+                    for pool, ring in pools:
+                        source = pool.at[layer, page, item.head, inside]
+                        to = ring.at[at, pl.ds(p * size, size)]
+                        plgpu.copy_gmem_to_smem(source, to, full.at[at])
 
-            copy(x.k_pages, s.k, s.k_free, s.k_full)
-            copy(x.v_pages, s.v, s.v_free, s.v_full)
+            scales = [(x.k_scales, s.k_scales), (x.v_scales, s.v_scales)]
+            copy(s.k_free, s.k_full, (x.k_pages, s.k), *scales[: t.num_scales])
+            copy(s.v_free, s.v_full, (x.v_pages, s.v))
             return place + 1, ahead
 
         numbers = _page_numbers(x.block_tables, item, jnp.int32(0), t)
@@ -250,11 +179,10 @@ def _is_page(numbers: tuple[jax.Array, ...], t: Tile) -> jax.Array:
     return bits
 
 
-def _mask(
-    s: jax.Array, first: jax.Array, item: _Item, pages: jax.Array, window: jax.Array, t: Tile
-) -> Any:
-    """Scores [B, Q] of a block that begins with token `first`, -inf for what is not seen."""
-    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, s.shape, layout=_WGMMA)
+def _seen(first: jax.Array, item: _Item, pages: jax.Array, window: jax.Array, t: Tile) -> Any:
+    """What is seen, bool[B, Q], of a block that begins with token `first`."""
+    shape = (t.config.block_kv, t.rows)
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=_WGMMA)
     offset = iota(0)
     token = first + offset
     position = item.kv_len - item.q_len
@@ -263,7 +191,7 @@ def _mask(
     seen = _stored(token, offset, item, pages, t) & (token > position - window)
     if t.causal and not t.single:
         seen &= token <= position
-    return jnp.where(seen, s, -jnp.inf)
+    return seen
 
 
 def _clear_unstored(v: Any, first: jax.Array, item: _Item, pages: jax.Array, t: Tile) -> None:
@@ -302,16 +230,15 @@ def consume(
             pages = _is_page(numbers, t)
             token = item.token + block * block_kv
 
-            def q_dot_k(scores: Any) -> jax.Array:
-                plgpu.wgmma(scores, s.k.at[at], s.q.at[tile].transpose((1, 0)))
-                return scores[...]
-
             plgpu.barrier_wait(s.k_full.at[at])
-            scores = pl.run_scoped(q_dot_k, plgpu.ACC((block_kv, t.rows), jnp.float32))
+            scores = _q_dot_k(s, at, tile, t)
+            v_scales = None if t.page_dtype is None else load_scales(s.v_scales.at[at])
             plgpu.barrier_arrive(s.k_free.at[at])
             scores = _scaled(scores, scale, t)
-            scores = _mask(scores, token, item, pages, window, t)
-            new_top = jnp.maximum(top, scores.max(axis=0))
+            seen = _seen(token, item, pages, window, t)
+            scores = jnp.where(seen, scores, -jnp.inf)
+            weighted = scores if v_scales is None else _weighted(scores, seen, v_scales)
+            new_top = jnp.maximum(top, weighted.max(axis=0))
             decay = jnp.exp2(top - new_top)
             p = jnp.exp2(scores - across(new_top, scores.shape, 1))
             if t.lazy:
@@ -319,16 +246,20 @@ def consume(
             else:
                 total = total * decay + p.sum(axis=0)
             acc = tuple(a * across(decay, a.shape, 1) for a in acc)
+            if v_scales is not None:
+                p = jnp.where(seen, p * across(v_scales, p.shape, 0), 0.0)
             store(s.p.transpose((1, 0)), plgpu.layout_cast(p.astype(t.dtype), _TRANSPOSED))
             plgpu.commit_smem()
 
+            plgpu.barrier_wait(s.v_full.at[at])
+            v = s.v.at[at] if t.page_dtype is None else _widened(s, at, t)
+            _clear_unstored(v, token, item, pages, t)
+
             def p_dot_v(product: Any, columns: tuple[int, int]) -> jax.Array:
-                v = s.v.at[at, :, pl.ds(*columns)]
-                plgpu.wgmma(product, v.transpose((1, 0)), s.p.transpose((1, 0)))
+                part = v.at[:, pl.ds(*columns)]
+                plgpu.wgmma(product, part.transpose((1, 0)), s.p.transpose((1, 0)))
                 return product[...]
 
-            plgpu.barrier_wait(s.v_full.at[at])
-            _clear_unstored(s.v.at[at], token, item, pages, t)
             # Fresh accumulators each time: the interpreter has no other.
             acc = tuple(
                 a
@@ -338,7 +269,8 @@ def consume(
                 )
                 for a, columns in zip(acc, t.chunks, strict=True)
             )
-            plgpu.barrier_arrive(s.v_free.at[at])
+            if t.page_dtype is None:
+                plgpu.barrier_arrive(s.v_free.at[at])
             return place + 1, ahead, new_top, total, acc
 
         numbers = _page_numbers(x.block_tables, item, jnp.int32(0), t)
@@ -360,6 +292,52 @@ def consume(
         return place, following
 
     lax.fori_loop(first, last, one_item, (jnp.int32(0), _load_item(x.items, first)))
+
+
+def _q_dot_k(s: Scratch, at: jax.Array, tile: jax.Array, t: Tile) -> jax.Array:
+    """Scores [B, Q] of a block, of quantised pages with the scales of K."""
+
+    def product(scores: Any, columns: Any = slice(None)) -> jax.Array:
+        k = s.k.at[at, :, columns]
+        if t.page_dtype is not None:
+            k = widen(k, t.dtype)
+            if t.interpret:
+                store(s.wide.at[:, columns], k)
+                plgpu.commit_smem()
+                k = s.wide.at[:, columns]
+        plgpu.wgmma(scores, k, s.q.at[tile, :, columns].transpose((1, 0)))
+        return scores[...]
+
+    acc = plgpu.ACC((t.config.block_kv, t.rows), jnp.float32)
+    if t.page_dtype is None:
+        return pl.run_scoped(product, acc)
+    # As many columns in registers at a time as large tiles leave room for.
+    size = min(t.head_dim, 128 if t.lazy else 64)
+    parts = (
+        pl.run_scoped(functools.partial(product, columns=pl.ds(column, size)), acc)
+        for column in range(0, t.head_dim, size)
+    )
+    scores = functools.reduce(jnp.add, parts)
+    return scores * across(load_scales(s.k_scales.at[at]), scores.shape, 0)
+
+
+def _widened(s: Scratch, at: jax.Array, t: Tile) -> Any:
+    """A block of V in 16 bits, from the ring, whose place it leaves."""
+    for column in t.columns:  # (all at once would take too many registers)
+        part = pl.ds(column, 64)
+        store(s.wide.at[:, part], widen(s.v.at[at, :, part], t.dtype))
+    plgpu.barrier_arrive(s.v_free.at[at])
+    plgpu.commit_smem()
+    return s.wide
+
+
+def _weighted(scores: jax.Array, seen: jax.Array, v_scales: jax.Array) -> jax.Array:
+    """Scores and the logarithm of the scales [B] of V, for a maximum that bounds their product.
+
+    The scale of a token without a value is next to nothing: bounded, or sums might overflow.
+    """
+    log = jnp.log2(jnp.maximum(v_scales, 2.0**-64))
+    return jnp.where(seen, scores + across(log, scores.shape, 0), -jnp.inf)
 
 
 def _scaled(scores: jax.Array, scale: jax.Array, t: Tile) -> jax.Array:

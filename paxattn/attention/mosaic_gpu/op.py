@@ -7,20 +7,26 @@ columns of V in that kernel.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from paxattn.attention.mosaic_gpu import config
 from paxattn.attention.mosaic_gpu.common import LN2, LOWEST
 from paxattn.attention.mosaic_gpu.config import packed_rows
 from paxattn.attention.mosaic_gpu.decode import attend
-from paxattn.attention.mosaic_gpu.decode_kernel import Tile
+from paxattn.attention.mosaic_gpu.decode_refs import Tile
 from paxattn.attention.mosaic_gpu.merge import merge
 from paxattn.attention.mosaic_gpu.plan import Plan, ShortRows
 from paxattn.attention.mosaic_gpu.prefill import prefill_attention
 from paxattn.attention.reference import add_sinks
+
+# Queries become f16 for fp8 pages: scaled, so that bf16's range ends at 2**24 and not at 2**16.
+_SMALL = np.float32(2.0**-8)
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "soft_cap", "interpret"))
@@ -38,6 +44,8 @@ def attend_batch(
     causal: bool,
     soft_cap: float | None,
     plan: Plan,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Serves a batch: each row by the kernel that the plan gives it to.
@@ -55,13 +63,19 @@ def attend_batch(
         causal: whether a query is blind to later positions.
         soft_cap: on scaled scores, or None.
         plan: for this batch and window.
+        k_scales: [L, N, H, P], or [N, H, P] without `layer`, of quantised pages; or None.
+        v_scales: same.
         interpret: parameters of Pallas' GPU interpreter, or None.
 
     Returns:
         o [T, H * G, D] in q's dtype, lse f32[T, H * G].
     """
+    scales: tuple[jax.Array, ...] = ()
+    if k_scales is not None and v_scales is not None:
+        scales = k_scales, v_scales
     if layer is None:
         k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
+        scales = tuple(x[None] for x in scales)
     options: dict[str, Any] = dict(
         block_tables=block_tables, cu_q_lens=cu_q_lens, layer=layer, sm_scale=sm_scale,
         sliding_window=sliding_window, causal=causal, soft_cap=soft_cap, interpret=interpret,
@@ -72,7 +86,7 @@ def attend_batch(
     if plan.short is not None:
         # Sinks scale the result once more: round it only after that.
         options["out_dtype"] = q.dtype if sinks is None else jnp.float32
-        few, few_lse = attend_short_rows(q, k_pages, v_pages, short=plan.short, **options)
+        few, few_lse = attend_short_rows(q, k_pages, v_pages, *scales, short=plan.short, **options)
         if plan.long is None:
             o, lse = few, few_lse
         else:  # a token is in one of them only
@@ -88,7 +102,7 @@ def attend_short_rows(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
-    *,
+    *scales: jax.Array,
     block_tables: jax.Array,
     cu_q_lens: jax.Array,
     layer: jax.Array | int,
@@ -106,6 +120,7 @@ def attend_short_rows(
         q: [T, H * G, D].
         k_pages: [L, N, H, P, D].
         v_pages: same.
+        *scales: of quantised K and V, [L, N, H, P] each.
         block_tables: i32[R, M].
         cu_q_lens: i32[R + 1].
         layer: i32[].
@@ -134,16 +149,25 @@ def attend_short_rows(
         soft_cap=soft_cap,
         dtype=q.dtype,
         config=short.config,
+        interpret=interpret is not None,
     )
+    sm_scale = jnp.asarray(sm_scale, jnp.float32)
+    if scales:
+        tile = dataclasses.replace(
+            tile, dtype=config.wide_dtype(k_pages.dtype), page_dtype=k_pages.dtype
+        )
+        q, sm_scale = q * _SMALL.astype(q.dtype), sm_scale / _SMALL
+        q = q.astype(tile.dtype)
     o, lse, o_parts, lse_parts = attend(
         _pack(q, cu_q_lens, heads, short.max_q_len, tile.rows),
         k_pages,
         v_pages,
+        *scales,
         block_tables=block_tables,
         schedule=schedule,
         layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1),
         window=jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32),
-        sm_scale=jnp.asarray(sm_scale, jnp.float32),
+        sm_scale=sm_scale,
         tile=tile,
         out_dtype=out_dtype,
         interpret=interpret,

@@ -16,6 +16,7 @@ from paxattn.attention.mosaic_gpu import prefill_config, tunable
 from paxattn.attention.mosaic_gpu.config import (
     DTYPES,
     HEAD_DIMS,
+    QUANTIZED_HEAD_DIMS,
     packed_rows,
     short_q_len,
 )
@@ -53,10 +54,9 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
-    if request.page_dtype is not None:
-        raise NotImplementedError(f"its kernels read no quantised pages ({request.page_dtype})")
-    if request.head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
+    head_dims = HEAD_DIMS if request.page_dtype is None else QUANTIZED_HEAD_DIMS
+    if request.head_dim not in head_dims:
+        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {head_dims}")
     if request.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={request.page_size} is not one of {PAGE_SIZES}")
     if request.ancestors:
@@ -71,6 +71,11 @@ def _kernel_for(request: Request) -> str:
     decode = f"decode kernel, {packed_rows(short, group)} query rows per KV head"
     if short == request.max_q_len:
         return decode
+    if request.page_dtype is not None:
+        raise NotImplementedError(
+            f"its prefill kernel reads no quantised pages ({request.page_dtype}), and rows of "
+            f"{request.max_q_len} new tokens do not fit the decode kernel"
+        )
     prefill_config.check(request)
     return "prefill kernel" if short == 0 else f"prefill kernel; rows of at most {short}: {decode}"
 
@@ -118,7 +123,12 @@ def schedule(
         sliding_window=sliding_window,
         request=request,
         short_q_len=short,
-        decode=tunable.decode_config(**common, rows=packed_rows(short, group), split=fixed_split)
+        decode=tunable.decode_config(
+            **common,
+            rows=packed_rows(short, group),
+            split=fixed_split,
+            quantized=request.page_dtype is not None,
+        )
         if short
         else None,
         prefill=tunable.prefill_config(**common) if short < request.max_q_len else None,

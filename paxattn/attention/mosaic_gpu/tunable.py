@@ -46,9 +46,11 @@ def decode_candidates(
 
 def decode_config(
     *, device: str, dtype: str, rows: int, head_dim: int, page_size: int, num_sms: int = 132,
-    split: int | None = None,
+    split: int | None = None, quantized: bool = False,
 ) -> decode.Config:  # fmt: skip
     """Chooses the decode kernel's config: the tuned one, else the heuristic's.
+
+    With quantised pages always the latter: nothing was tuned with them yet.
 
     Args:
         device: the device's kind.
@@ -58,15 +60,21 @@ def decode_config(
         page_size: P, tokens.
         num_sms: multiprocessors of the device.
         split: as in `config.Config`.
+        quantized: whether pages are.
 
     Returns:
         The config.
     """
+    default = decode.default_config(
+        rows=rows, head_dim=head_dim, num_sms=num_sms, split=split, quantized=quantized
+    )
+    if quantized:
+        return default
     return tuning.pick(
         "mosaic_gpu.decode",
         device=device,
         key={"dtype": dtype, "head_dim": head_dim, "page_size": page_size, "rows": rows},
-        default=decode.default_config(rows=rows, head_dim=head_dim, num_sms=num_sms, split=split),
+        default=default,
         candidates=decode_candidates(
             rows=rows, head_dim=head_dim, page_size=page_size, num_sms=num_sms, split=split
         ),
