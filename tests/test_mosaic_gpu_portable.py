@@ -43,6 +43,11 @@ def _clean():
 
 # Numbers, races and poisoned memory, in the interpreter.
 
+
+def slow(*args, **options):
+    return pytest.param(Case(*args, **options), marks=pytest.mark.slow)
+
+
 DECODE = (
     Case(**EDGES, **BF16, padding=2, layers=2, window=64),
     # (a unit in many pieces, soft cap, sinks, a window that begins inside a page)
@@ -50,15 +55,15 @@ DECODE = (
         q_lens=(1, 1), kv_lens=(523, 37), **F16, max_q_len=1, heads=(4, 1), soft_cap=50.0,
         sinks=True, window=330, page_size=8,
     ),
-    Case(q_lens=(1, 1), kv_lens=(128, 129), **BF16, head_dim=128, page_size=128, heads=(2, 2)),
-    Case(q_lens=(1,), kv_lens=(100,), **BF16, head_dim=256, page_size=32, heads=(16, 1)),
+    slow(q_lens=(1, 1), kv_lens=(128, 129), **BF16, head_dim=128, page_size=128, heads=(2, 2)),
+    slow(q_lens=(1,), kv_lens=(100,), **BF16, head_dim=256, page_size=32, heads=(16, 1)),
     Case(q_lens=(1,), kv_lens=(70,), **F16, head_dim=80, heads=(5, 1), page_size=32),
     # speculation: a few new tokens per row, rows that see nothing
     Case(
         q_lens=(5, 1, 0, 3), kv_lens=(18, 130, 0, 64), **BF16, heads=(4, 2), sinks=True,
         soft_cap=30.0, window=9,
     ),
-    Case(q_lens=(9, 1, 1), kv_lens=(5, 0, 70), **BF16, heads=(4, 2), padding=3),
+    slow(q_lens=(9, 1, 1), kv_lens=(5, 0, 70), **BF16, heads=(4, 2), padding=3),
     Case(q_lens=(4, 4), kv_lens=(30, 5), **BF16, causal=False, page_size=64, heads=(15, 1)),
 )  # fmt: skip
 PREFILL = (
@@ -73,7 +78,7 @@ PREFILL = (
     ),
     # (a group that does not divide a tile; a window that begins inside a page; a plain block)
     Case(q_lens=(50,), kv_lens=(450,), **BF16, heads=(3, 1), head_dim=128, window=290, page_size=8),
-    Case(q_lens=(5,), kv_lens=(300,), **BF16, heads=(14, 2), causal=False, soft_cap=5.0),
+    slow(q_lens=(5,), kv_lens=(300,), **BF16, heads=(14, 2), causal=False, soft_cap=5.0),
     Case(q_lens=(40,), kv_lens=(170,), **F16, heads=(2, 1), head_dim=256, page_size=128, window=70),
 )
 MIXED = Case(

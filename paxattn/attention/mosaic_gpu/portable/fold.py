@@ -144,7 +144,10 @@ def _fold(
     new_top = jnp.maximum(top, scores.max(axis=1))
     fade = jnp.exp2(top - new_top)
     p = jnp.exp2(scores - across(new_top, scores.shape, 0))
-    total = total * fade + p.sum(axis=1)
+    if t.lazy:
+        total = total * across(fade, total.shape, 0) + p
+    else:
+        total = total * fade + p.sum(axis=1)
     store(ring.p, p.astype(t.dtype))
     acc = tuple(a * across(fade, a.shape, 0) for a in acc)
 
@@ -185,7 +188,7 @@ def attend(
         numbers,
         tuple(_filled(t, 0.0, t.rows, t.columns) for _ in _parts(t)),
         _filled(t, LOWEST, t.rows),
-        _filled(t, 0.0, t.rows),
+        _filled(t, 0.0, t.rows, t.block_kv) if t.lazy else _filled(t, 0.0, t.rows),
     )
     fold = functools.partial(_fold, t, pools, ring, job, kept.__getitem__ if kept else queries)
     walk = job.walk
@@ -193,7 +196,7 @@ def attend(
     _, acc, top, total = lax.fori_loop(
         walk.num_plain, walk.blocks, functools.partial(fold, True), carry
     )
-    return acc, total, top
+    return acc, total.sum(axis=1) if t.lazy else total, top
 
 
 def write(

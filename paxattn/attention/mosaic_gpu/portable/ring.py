@@ -69,6 +69,11 @@ class Tile:
         return self.rows // 16
 
     @property
+    def lazy(self) -> bool:
+        """Whether sums stay per thread to the end of a job: rows here cross all four warps."""
+        return self.rows == 16
+
+    @property
     def copy(self) -> int:
         """Tokens per copy: a page, or the part of one that fits a block."""
         return min(self.page_size, self.block_kv)
