@@ -147,14 +147,14 @@ def test_traced_window_layer_and_jit():
 
 @interpreted
 def test_with_a_fixed_split_the_batch_does_not_change_a_row():
-    case = Case(q_lens=(1, 40, 1), kv_lens=(200, 90, 130), **BF16, heads=(8, 1))
+    case = Case(q_lens=(1, 20, 1), kv_lens=(200, 90, 70), **BF16, heads=(4, 1))
     inputs = cases.make(case)
     fixed = run(inputs, split=128, card=B200)
     check(inputs, fixed)
     other = dataclasses.replace(inputs, kv_lens=np.asarray([200, 90, 3], np.int32))
     got = run(other, split=128, cores=2, ctas=1, card=B200)
     for new, old in zip(got, fixed, strict=True):
-        np.testing.assert_array_equal(new[:41], old[:41])
+        np.testing.assert_array_equal(new[:21], old[:21])
 
 
 @interpreted
