@@ -109,11 +109,13 @@ def extremes(configs):
 
 
 def grid():
-    """All that the heuristics or a table can choose: name, `(target, kernel, its arguments)`."""
+    """All configs in the variant that takes most, some in others: name, `(target, kernel, ...)`."""
     kernels = [(decode, 16), (decode, 32), (decode, 64), (prefill, 32), (prefill, 64)]
     for target, (kernel, rows), head_dim, page_size, variant in itertools.product(
         CARDS, kernels, config.HEAD_DIMS, (8, 16, 128), VARIANTS
     ):
+        if page_size != 16 and variant != "capped":
+            continue
         card, sizes = CARDS[target], dict(head_dim=head_dim, page_size=page_size)
         try:
             portable.swizzle(min(page_size, 32), head_dim, tma=card.tma)
@@ -128,6 +130,8 @@ def grid():
             configs = portable.decode_configs(card, rows=rows, **sizes)
         else:
             configs = portable.prefill_configs(card, **sizes)
+        if (page_size, variant) != (16, "capped"):
+            configs = {one.block_kv: one for one in reversed(configs)}.values()
         for one in extremes(configs):
             per_sm = getattr(one, "num_cores", None) or one.num_ctas
             name = (
