@@ -1,4 +1,4 @@
-"""Compiles for an H200 on a machine without a GPU, and reads what ptxas says of the kernels.
+"""Compiles for GPUs on a machine without any, and reads what ptxas says of the kernels.
 
 XLA compiles for a described device (`gpu_targets/`). That needs jax's CUDA plugin and the wheels
 with ptxas and NVVM, but neither a GPU nor a driver:
@@ -25,6 +25,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+TARGETS = {  # what `gpu_targets/` describes, and the version of its architecture
+    "h200": (9, 0), "a100": (8, 0), "rtx4090": (8, 9), "b200": (10, 0), "rtx5090": (12, 0),
+}  # fmt: skip
 OURS = ("JAX_PLATFORMS", "XLA_FLAGS")  # settings of the tests that do not hold for a GPU
 
 
@@ -37,8 +40,10 @@ def why_not() -> str | None:
     return None
 
 
-def compile_programs(module: str, names: list[str], timeout: float = 280) -> dict[str, dict]:
-    """Compiles the named programs of a test module in a process of its own.
+def compile_programs(
+    module: str, names: list[str], target: str = "h200", timeout: float = 280
+) -> dict[str, dict]:
+    """Compiles the named programs of a test module, for a target, in a process of its own.
 
     Returns:
         By name: `kernels`, a list of dicts with `name`, `registers`, `spills` (bytes) and `shared`
@@ -57,11 +62,11 @@ def compile_programs(module: str, names: list[str], timeout: float = 280) -> dic
         )
         env = {k: v for k, v in os.environ.items() if k not in OURS} | settings
         done = subprocess.run(
-            [sys.executable, __file__, module, *names],
+            [sys.executable, __file__, target, module, *names],
             env=env, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"compiling {names} failed:\n{done.stderr[-6000:]}")
+        raise RuntimeError(f"compiling {names} for {target} failed:\n{done.stderr[-6000:]}")
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
@@ -91,15 +96,19 @@ def _functions(paths: Iterable[str]) -> list[str]:
     return sorted({name for path in paths for name in re.findall(r"\w+", path)})
 
 
-def _main(module: str, *names: str) -> None:
+def _main(target: str, module: str, *names: str) -> None:
     import jax
     from jax.experimental import topologies
 
+    if target != "h200":  # without a device Mosaic GPU takes it to be one of these
+        from jax.experimental.mosaic.gpu import utils
+
+        utils._infer_arch = lambda: TARGETS[target]
     topology = topologies.get_topology_desc(
         platform="cuda",
-        topology_name="h200",
+        topology_name=target,
         topology="1x1x1",
-        target_config=(HERE / "gpu_targets" / "h200.txtpb").read_text(),
+        target_config=(HERE / "gpu_targets" / f"{target}.txtpb").read_text(),
     )
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     jax.sharding.set_mesh(mesh)  # the choice of an implementation asks the mesh

@@ -14,6 +14,7 @@ import pytest
 from paxattn.attention import checks
 from paxattn.attention.mosaic_gpu import plan, support
 from paxattn.attention.mosaic_gpu.config import Config, short_q_len
+from paxattn.attention.mosaic_gpu.portable.config import max_rows
 from paxattn.attention.mosaic_gpu.prefill_config import default_config
 
 THERE = bool(importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.race_detection_state"))
@@ -45,13 +46,13 @@ def no_races():
 
 def call(
     inputs, *, cores=3, stages=2, block_kv=64, ctas=2, split=None, short=None, decode=True,
-    prefill=None, **changes,
+    prefill=None, card=None, **changes,
 ):  # fmt: skip
     """`(o, lse)` of the implementation; rows are routed as they would be, unless told otherwise.
 
     `short` bounds the new tokens of rows for the decode kernel (0: none); with `decode=False` it
     does not run, and nobody serves them. `prefill` is the other kernel's config, if not the
-    heuristic's.
+    heuristic's. With a `card` the portable kernels run, in the same block sizes.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -64,7 +65,8 @@ def call(
     arrays = [jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages)]
     request = checks.check(*arrays, **options)
     if short is None:
-        short = short_q_len(request.max_q_len, case.heads[0] // case.heads[1], case.head_dim)
+        most = None if card is None else max_rows(case.head_dim)
+        short = short_q_len(request.max_q_len, case.heads[0] // case.heads[1], case.head_dim, most)
     sizes = Config(block_kv=block_kv, stages=stages, num_cores=cores, split=split)
     prefill = prefill or default_config(head_dim=case.head_dim, num_sms=ctas)
     made = plan.plan_batch(
@@ -73,6 +75,7 @@ def call(
         short_q_len=short,
         decode=sizes if short and decode else None,
         prefill=prefill if short < request.max_q_len else None,
+        card=card,
     )
     return support.run(
         *arrays,

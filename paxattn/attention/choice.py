@@ -123,8 +123,8 @@ _IMPLEMENTATIONS = {
 _NATIVE = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 # Not chosen unless asked for, and why.
 _UNPROVEN = {
-    "mosaic_gpu": "so far it has run in an interpreter only, and compiled for an H200: ask for it "
-    "with implementation='mosaic_gpu'"
+    "mosaic_gpu": "so far it has run in an interpreter only, and compiled for GPUs that were not "
+    "there: ask for it with implementation='mosaic_gpu'"
 }
 _warned: set[str] = set()
 

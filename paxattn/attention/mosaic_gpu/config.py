@@ -45,7 +45,7 @@ def max_rows(head_dim: int) -> int:
     return 48 if head_dim <= 128 else 24
 
 
-def short_q_len(max_q_len: int, group: int, head_dim: int) -> int:
+def short_q_len(max_q_len: int, group: int, head_dim: int, most: int | None = None) -> int:
     """New tokens that a row may have to be served by the decode kernel; rows with more are long.
 
     If even the longest row fits, there are no long ones. Else, in a mixed batch, those rows are
@@ -56,11 +56,12 @@ def short_q_len(max_q_len: int, group: int, head_dim: int) -> int:
         max_q_len: bound on the new tokens of a row.
         group: query heads per KV head.
         head_dim: elements per head.
+        most: packed query rows that a tile may hold; None: `max_rows`.
 
     Returns:
         The bound, from 0 (the group is too large: all rows are long) to `max_q_len`.
     """
-    most = max_rows(head_dim)
+    most = most or max_rows(head_dim)
     if max_q_len * group <= most:
         return max_q_len
     return max(16 // group, 1) if group <= most else 0

@@ -28,25 +28,35 @@ def merge(
     *,
     out_dtype: Any,
     interpret: Any = None,
+    layout: Any = plgpu.Layout.WGMMA,
+    columns: int = _COLUMNS,
+    by_rows: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the kernel.
 
     Args:
-        o_parts: f32[S, V, Q].
+        o_parts: f32[S, V, Q], or with `by_rows` f32[S, Q, V].
         lse_parts: f32[S, Q], base 2.
         counts: i32[S], pieces of the unit whose first slot this is, else 0.
         out_dtype: of the merged `o`.
         interpret: parameters of the interpreter, or None.
+        layout: of part of one piece's `o` in registers.
+        columns: of V that such a part has.
+        by_rows: whether V is the last axis.
 
     Returns:
-        o [S, V, Q] and lse f32[S, Q], defined in the first slots only.
+        o as `o_parts` and lse f32[S, Q], defined in the first slots only.
     """
     slots, dim_v, rows = o_parts.shape
+    if by_rows:
+        rows, dim_v = dim_v, rows
+    per_row, axis = layout.reduce(int(by_rows)), int(not by_rows)
 
     def merge_parts(o_ref: Any, lse_ref: Any, count_ref: Any, o_out: Any, lse_out: Any) -> None:
         slot, part = lax.axis_index("slot"), lax.axis_index("part")
         count = count_ref[slot]
-        place = pl.ds(part * _COLUMNS, _COLUMNS)
+        some_columns = pl.ds(part * columns, columns)
+        place = (slice(None), some_columns) if by_rows else (some_columns,)
 
         def some(i: jax.Array, carry: tuple) -> tuple:
             top, total, acc = carry
@@ -54,28 +64,28 @@ def merge(
             for j in range(_AT_A_TIME):
                 n = i * _AT_A_TIME + j
                 at = slot + jnp.minimum(n, count - 1)
-                lse = load(lse_ref.at[at], plgpu.Layout.WGMMA.reduce(0))
+                lse = load(lse_ref.at[at], per_row)
                 lses.append(lse + jnp.where(n < count, 0.0, -jnp.inf))
-                os.append(load(o_ref.at[at, place], plgpu.Layout.WGMMA))
+                os.append(load(o_ref.at[(at, *place)], layout))
             for lse, o in zip(lses, os, strict=True):
                 new_top = jnp.maximum(top, lse)
                 decay, weight = jnp.exp2(top - new_top), jnp.exp2(lse - new_top)
-                acc = acc * across(decay, acc.shape, 1) + o * across(weight, acc.shape, 1)
+                acc = acc * across(decay, acc.shape, axis) + o * across(weight, acc.shape, axis)
                 top, total = new_top, total * decay + weight
             return top, total, acc
 
         @pl.when(count > 0)
         def _() -> None:
-            columns, full = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA
+            shape = (rows, columns) if by_rows else (columns, rows)
             start = (
-                plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), columns),
-                plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), columns),
-                plgpu.layout_cast(jnp.zeros((_COLUMNS, rows), jnp.float32), full),
+                plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), per_row),
+                plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), per_row),
+                plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout),
             )
             steps = lax.div(count + (_AT_A_TIME - 1), jnp.int32(_AT_A_TIME))
             top, total, acc = lax.fori_loop(0, steps, some, start)
-            o = (acc * across(1.0 / total, acc.shape, 1)).astype(o_out.dtype)
-            store(o_out.at[slot, place], o)
+            o = (acc * across(1.0 / total, acc.shape, axis)).astype(o_out.dtype)
+            store(o_out.at[(slot, *place)], o)
 
             @pl.when(part == 0)
             def _() -> None:
@@ -87,7 +97,7 @@ def merge(
             jax.ShapeDtypeStruct(o_parts.shape, out_dtype),
             jax.ShapeDtypeStruct(lse_parts.shape, jnp.float32),
         ),
-        grid=(slots, dim_v // _COLUMNS),
+        grid=(slots, dim_v // columns),
         grid_names=("slot", "part"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else dict(interpret=interpret)),

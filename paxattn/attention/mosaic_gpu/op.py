@@ -1,8 +1,8 @@
 """The implementation named "mosaic_gpu": runs a plan's kernels, and joins their results.
 
 Letters: T tokens of the ragged batch, R rows, C `ShortRows.max_q_len`, H KV heads, G group, D
-head_dim; Q packed query rows of a decode tile (C x G, token-major, padded to a multiple of 8), V
-columns of V in that kernel.
+head_dim; Q packed query rows of a decode tile (C x G, token-major, padded), V columns of V in the
+decode kernel for Hopper.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxattn.attention.mosaic_gpu import config
 from paxattn.attention.mosaic_gpu.common import LN2, LOWEST
-from paxattn.attention.mosaic_gpu.config import packed_rows
+from paxattn.attention.mosaic_gpu.config import packed_rows, wide_dtype
 from paxattn.attention.mosaic_gpu.decode import attend
 from paxattn.attention.mosaic_gpu.decode_refs import Tile
 from paxattn.attention.mosaic_gpu.merge import merge
 from paxattn.attention.mosaic_gpu.plan import Plan, ShortRows
+from paxattn.attention.mosaic_gpu.portable import decode as portable_decode
+from paxattn.attention.mosaic_gpu.portable import prefill as portable_prefill
+from paxattn.attention.mosaic_gpu.portable import ring
+from paxattn.attention.mosaic_gpu.portable.cards import Card
+from paxattn.attention.mosaic_gpu.portable.config import packed_rows as portable_packed_rows
 from paxattn.attention.mosaic_gpu.prefill import prefill_attention
 from paxattn.attention.reference import add_sinks
+from paxattn.attention.schedule import Schedule
 
 # Queries become f16 for fp8 pages: scaled, so that bf16's range ends at 2**24 and not at 2**16.
 _SMALL = np.float32(2.0**-8)
@@ -81,11 +86,16 @@ def attend_batch(
         sliding_window=sliding_window, causal=causal, soft_cap=soft_cap, interpret=interpret,
     )  # fmt: skip
     if plan.long is not None:
-        tiles, config = plan.long.tiles, plan.long.config
-        o, lse = prefill_attention(q, k_pages, v_pages, tiles=tiles, config=config, **options)
+        work: dict[str, Any] = dict(tiles=plan.long.tiles, config=plan.long.config, **options)
+        if plan.card is None:
+            o, lse = prefill_attention(q, k_pages, v_pages, **work)
+        else:
+            work["tma"] = plan.card.tma
+            o, lse = portable_prefill.prefill_attention(q, k_pages, v_pages, **work)
     if plan.short is not None:
         # Sinks scale the result once more: round it only after that.
         options["out_dtype"] = q.dtype if sinks is None else jnp.float32
+        options["card"] = plan.card
         few, few_lse = attend_short_rows(q, k_pages, v_pages, *scales, short=plan.short, **options)
         if plan.long is None:
             o, lse = few, few_lse
@@ -111,6 +121,7 @@ def attend_short_rows(
     causal: bool,
     soft_cap: float | None,
     short: ShortRows,
+    card: Card | None,
     out_dtype: Any,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -129,52 +140,94 @@ def attend_short_rows(
         causal: whether a query is blind to later positions.
         soft_cap: on scaled scores, or None.
         short: the plan of those rows.
+        card: what the portable kernel runs on; None: it is a Hopper GPU.
         out_dtype: of `o`.
         interpret: parameters of Pallas' GPU interpreter, or None.
 
     Returns:
         o [T, H * G, D] and lse f32[T, H * G]; 0 and -inf for tokens of other rows.
     """
-    num_layers, num_pages, heads, page_size, head_dim = k_pages.shape
-    group, schedule = q.shape[1] // heads, short.schedule
-    tile = Tile(
-        rows=packed_rows(short.max_q_len, group),
-        head_dim=head_dim,
-        page_size=page_size,
-        num_pages=num_pages,
-        max_pages=block_tables.shape[1],
-        group=group,
-        single=short.max_q_len == 1,
-        causal=causal,
-        soft_cap=soft_cap,
-        dtype=q.dtype,
-        config=short.config,
-        interpret=interpret is not None,
-    )
+    num_layers, _, heads, _, head_dim = k_pages.shape
+    group = q.shape[1] // heads
     sm_scale = jnp.asarray(sm_scale, jnp.float32)
-    if scales:
-        tile = dataclasses.replace(
-            tile, dtype=config.wide_dtype(k_pages.dtype), page_dtype=k_pages.dtype
-        )
-        q, sm_scale = q * _SMALL.astype(q.dtype), sm_scale / _SMALL
-        q = q.astype(tile.dtype)
-    o, lse, o_parts, lse_parts = attend(
-        _pack(q, cu_q_lens, heads, short.max_q_len, tile.rows),
-        k_pages,
-        v_pages,
-        *scales,
+    options: dict[str, Any] = dict(
         block_tables=block_tables,
-        schedule=schedule,
+        schedule=short.schedule,
         layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1),
         window=jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32),
-        sm_scale=sm_scale,
-        tile=tile,
         out_dtype=out_dtype,
         interpret=interpret,
     )
-    parts = merge(
-        o_parts, lse_parts, schedule.merge_counts, out_dtype=out_dtype, interpret=interpret
+    static: dict[str, Any] = dict(
+        head_dim=head_dim,
+        page_size=k_pages.shape[3],
+        num_pages=k_pages.shape[1],
+        max_pages=block_tables.shape[1],
+        group=group,
+        causal=causal,
+        soft_cap=soft_cap,
+        dtype=q.dtype,
+        interpret=interpret is not None,
     )
+    if card is None:
+        tile = Tile(
+            **static,
+            rows=packed_rows(short.max_q_len, group),
+            single=short.max_q_len == 1,
+            config=short.config,
+        )
+        if scales:
+            tile = dataclasses.replace(
+                tile, dtype=wide_dtype(k_pages.dtype), page_dtype=k_pages.dtype
+            )
+            q, sm_scale = (q * _SMALL.astype(q.dtype)).astype(tile.dtype), sm_scale / _SMALL
+        tiles = _pack(q, cu_q_lens, heads, short.max_q_len, tile.rows)
+        o, lse = _attend_units(
+            tiles, k_pages, v_pages, *scales, tile=tile, sm_scale=sm_scale, **options
+        )
+    else:
+        rows = portable_packed_rows(short.max_q_len, group, head_dim)
+        tiles = _pack(q, cu_q_lens, heads, short.max_q_len, rows)
+        o, lse = portable_decode.attend_units(
+            tiles,
+            k_pages,
+            v_pages,
+            stored=short.stored,
+            tile=ring.Tile(
+                **static,
+                rows=rows,
+                window=sliding_window is not None,
+                block_kv=short.config.block_kv,
+                stages=short.config.stages,
+                tma=card.tma,
+            ),
+            num_cores=short.config.num_cores,
+            sm_scale=sm_scale,
+            **options,
+        )
+        o = o.swapaxes(2, 3)
+    o = _unpack(o, short, group, 0.0)
+    lse = _unpack(lse[:, :, None], short, group, LOWEST)[..., 0]
+    return o, jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)
+
+
+def _attend_units(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *scales: jax.Array,
+    schedule: Schedule,
+    tile: Tile,
+    out_dtype: Any,
+    interpret: Any,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the decode kernel for Hopper and merges its pieces: o [R, H, D, Q], lse [R, H, Q]."""
+    common = dict(out_dtype=out_dtype, interpret=interpret)
+    o, lse, o_parts, lse_parts = attend(
+        q, k_pages, v_pages, *scales, schedule=schedule, tile=tile, **common, **options
+    )
+    parts = merge(o_parts, lse_parts, schedule.merge_counts, **common)
     cut = schedule.first_slots >= 0
     o, lse = (
         jnp.where(
@@ -182,11 +235,9 @@ def attend_short_rows(
         )
         for whole, merged in zip((o, lse), parts, strict=True)
     )
-    if head_dim % 64:  # two parts of 64 columns that overlap: `Tile.chunks`
-        o = jnp.concatenate([o[:, :, :64], o[:, :, 192 - head_dim :]], axis=2)
-    o = _unpack(o, short, group, 0.0)
-    lse = _unpack(lse[:, :, None], short, group, LOWEST)[..., 0]
-    return o, jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)
+    if tile.head_dim % 64:  # two parts of 64 columns that overlap: `Tile.chunks`
+        o = jnp.concatenate([o[:, :, :64], o[:, :, 192 - tile.head_dim :]], axis=2)
+    return o, lse
 
 
 def _pack(q: jax.Array, cu_q_lens: jax.Array, heads: int, max_q_len: int, rows: int) -> jax.Array:

@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.attention.checks import Request
+from paxattn.attention.extent import readable
 from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
 from paxattn.attention.mosaic_gpu.config import Config
+from paxattn.attention.mosaic_gpu.portable.cards import Card
+from paxattn.attention.mosaic_gpu.portable.config import max_rows
 from paxattn.attention.mosaic_gpu.prefill_tiles import Tiles
 from paxattn.attention.schedule import Schedule, schedule_decode
 from paxattn.page_table import token_rows
@@ -31,6 +34,7 @@ class ShortRows:
         schedule: its work.
         place: i32[T], where each token's result is in [R * C].
         served: bool[T], whether a token is of a row that the kernel serves.
+        stored: i32[R], tokens that can be read; None for Hopper, whose kernel sees for itself.
         max_q_len: C, bound on the new tokens of those rows.
         config: block sizes.
     """
@@ -38,6 +42,7 @@ class ShortRows:
     schedule: Schedule
     place: jax.Array
     served: jax.Array
+    stored: jax.Array | None
     max_q_len: int = field(metadata=dict(static=True))
     config: Config = field(metadata=dict(static=True))
 
@@ -54,13 +59,17 @@ class LongRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Both parts; None where a kernel can have nothing to do, whatever the lengths are."""
+    """Both parts; None where a kernel can have nothing to do, whatever the lengths are.
+
+    With a card they are those of the portable kernels, else those for Hopper.
+    """
 
     short: ShortRows | None
     long: LongRows | None
+    card: Card | None = field(default=None, metadata=dict(static=True))
 
 
-@functools.partial(jax.jit, static_argnames=("request", "short_q_len", "decode", "prefill"))
+@functools.partial(jax.jit, static_argnames=("request", "short_q_len", "decode", "prefill", "card"))
 def plan_batch(
     *,
     block_tables: jax.Array,
@@ -71,6 +80,7 @@ def plan_batch(
     short_q_len: int,
     decode: Config | None,
     prefill: prefill_config.Config | None,
+    card: Card | None = None,
 ) -> Plan:
     """Divides a batch.
 
@@ -83,6 +93,7 @@ def plan_batch(
         short_q_len: C, from `config.short_q_len`.
         decode: the decode kernel's block sizes; None if no row goes there.
         prefill: the prefill kernel's; None if no row goes there.
+        card: what the portable kernels run on; None: it is a Hopper GPU.
 
     Returns:
         The plan.
@@ -106,11 +117,12 @@ def plan_batch(
             page_size=request.page_size,
             token_bytes=2 * request.head_dim * jnp.dtype(request.dtype).itemsize,
             min_packed=(short_q_len + 1) * group,
+            size=prefill_config.TILE if card is None else max_rows(request.head_dim),
         )
         long = LongRows(tiles=tiles, config=prefill)
         q_lens = jnp.where(short, q_lens, 0)
     if decode is None:
-        return Plan(short=None, long=long)
+        return Plan(short=None, long=long, card=card)
     schedule = schedule_decode(
         q_lens,
         kv_lens,
@@ -122,6 +134,12 @@ def plan_batch(
         num_cores=decode.num_cores,
         split=None if decode.split is None else decode.split // decode.block_kv,
     )
+    stored = None
+    if card is not None:
+        stored = readable(
+            block_tables, kv_lens, kv_lens - q_lens, sliding_window,
+            num_pages=request.num_pages, page_size=request.page_size,
+        )  # fmt: skip
     rows = jnp.where(active, rows, 0)
     served = active & ((q_lens > 0) & (kv_lens > 0))[rows]
     return Plan(
@@ -129,8 +147,10 @@ def plan_batch(
             schedule=schedule,
             place=rows * short_q_len + jnp.minimum(offsets, short_q_len - 1),
             served=served,
+            stored=stored,
             max_q_len=short_q_len,
             config=decode,
         ),
         long=long,
+        card=card,
     )

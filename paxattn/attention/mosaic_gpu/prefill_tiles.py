@@ -1,10 +1,10 @@
 """What the prefill kernel works through: tiles of packed query rows, and the order they run in.
 
 The queries of a row of the batch that read one KV head are *packed*: token `i`'s query head `g` of
-the group is packed row `i * G + g`. Packed rows are cut into tiles of 128, whatever G is, so a
-token's heads may lie in two tiles and nothing but a row's last tile is padded. Tiles are stored in
-batch order (`pack_queries`, `unpack`), and worked through in another: longest first, among those
-whose keys and values fit the L2 cache together.
+the group is packed row `i * G + g`. Packed rows are cut into tiles of 128 (fewer on GPUs other than
+Hopper), whatever G is, so a token's heads may lie in two tiles and nothing but a row's last tile is
+padded. Tiles are stored in batch order (`pack_queries`, `unpack`), and worked through in another:
+longest first, among those whose keys and values fit the L2 cache together.
 
 Letters: T tokens in the batch, R rows, M `max_pages_per_seq`, P `page_size`, D head_dim, Hq query
 heads, Hkv KV heads, G = Hq / Hkv, B tiles.
@@ -12,7 +12,7 @@ heads, Hkv KV heads, G = Hq / Hkv, B tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -57,8 +57,9 @@ class Tiles:
             follow when all tiles are done.
         row: i32[B], the row of the batch of each tile, in the order stored (like the rest).
         first_packed: i32[B].
-        place: i32[T * G], where each packed row of the batch is stored, in `[0, B * 128)`.
+        place: i32[T * G], where each packed row of the batch is stored, in `[0, B * size)`.
         served: bool[T], whether a token lies in a tile.
+        size: packed rows of a tile.
     """
 
     fields: jax.Array
@@ -68,9 +69,12 @@ class Tiles:
     first_packed: jax.Array
     place: jax.Array
     served: jax.Array
+    size: int = field(default=TILE, metadata=dict(static=True))
 
 
-def max_tiles(*, num_tokens: int, num_rows: int, group: int, min_packed: int) -> int:
+def max_tiles(
+    *, num_tokens: int, num_rows: int, group: int, min_packed: int, size: int = TILE
+) -> int:
     """The static bound B on the number of tiles.
 
     Args:
@@ -78,12 +82,13 @@ def max_tiles(*, num_tokens: int, num_rows: int, group: int, min_packed: int) ->
         num_rows: R.
         group: G.
         min_packed: packed rows that every chosen row of the batch has at least.
+        size: packed rows of a tile.
 
     Returns:
         B: full tiles, and for each row that may be chosen one that is not.
     """
     packed = num_tokens * group
-    return -(-packed // TILE) + min(num_rows, packed // max(min_packed, 1))
+    return -(-packed // size) + min(num_rows, packed // max(min_packed, 1))
 
 
 def cut(
@@ -101,6 +106,7 @@ def cut(
     page_size: int,
     token_bytes: int,
     min_packed: int = 1,
+    size: int = TILE,
 ) -> Tiles:
     """Cuts the chosen rows of a batch into tiles and puts them in order.
 
@@ -118,6 +124,7 @@ def cut(
         page_size: P.
         token_bytes: of one token's key and value in one head.
         min_packed: as in `max_tiles`.
+        size: packed rows of a tile.
 
     Returns:
         The tiles.
@@ -129,16 +136,18 @@ def cut(
         block_tables, kv_lens, history, window, num_pages=num_pages, page_size=page_size
     )
     chosen = chosen & (stored > 0) & (q_lens > 0)
-    counts = jnp.where(chosen, (q_lens * group + (TILE - 1)) // TILE, 0)
+    counts = jnp.where(chosen, (q_lens * group + (size - 1)) // size, 0)
     ends = jnp.cumsum(counts)
     starts = ends - counts
-    bound = max_tiles(num_tokens=num_tokens, num_rows=num_rows, group=group, min_packed=min_packed)
+    bound = max_tiles(
+        num_tokens=num_tokens, num_rows=num_rows, group=group, min_packed=min_packed, size=size
+    )
 
     tile = jnp.arange(bound, dtype=jnp.int32)
     row = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, num_rows - 1)
-    first_packed = (tile - starts[row]) * TILE
-    last_packed = jnp.minimum(first_packed + TILE, q_lens[row] * group) - 1
+    first_packed = (tile - starts[row]) * size
+    last_packed = jnp.minimum(first_packed + size, q_lens[row] * group) - 1
     last = history[row] + last_packed // group
 
     # Longest first, so that the last to run are short: cachefuls of rows, and tiles within them.
@@ -177,8 +186,9 @@ def cut(
         heads_together=together,
         row=row,
         first_packed=first_packed,
-        place=jnp.clip(starts[of][:, None] * TILE + within, 0, bound * TILE - 1).reshape(-1),
+        place=jnp.clip(starts[of][:, None] * size + within, 0, bound * size - 1).reshape(-1),
         served=inside & chosen[of],
+        size=size,
     )
 
 
@@ -192,12 +202,12 @@ def pack_queries(q: jax.Array, tiles: Tiles, cu_q_lens: jax.Array, num_kv_heads:
         num_kv_heads: Hkv.
 
     Returns:
-        [Hkv, B, 128, D]; rows beyond a tile's last hold any query.
+        [Hkv, B, `tiles.size`, D]; rows beyond a tile's last hold any query.
     """
     tokens, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads
     first = cu_q_lens[tiles.row] * group + tiles.first_packed
-    packed = first[:, None] + jnp.arange(TILE, dtype=jnp.int32)
+    packed = first[:, None] + jnp.arange(tiles.size, dtype=jnp.int32)
     by_head = q.reshape(tokens, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
     by_head = by_head.reshape(num_kv_heads, tokens * group, head_dim)
     return by_head.at[:, packed].get(mode="clip")
@@ -209,8 +219,8 @@ def unpack(
     """Brings tiles back to the order of tokens.
 
     Args:
-        o: [Hkv, B, 128, D].
-        lse: f32[Hkv, B, 128].
+        o: [Hkv, B, `tiles.size`, D].
+        lse: f32[Hkv, B, `tiles.size`].
         tiles: of the batch.
         num_tokens: T.
 

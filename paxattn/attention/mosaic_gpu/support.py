@@ -6,6 +6,7 @@ multiprocessors, and `run` serves it so.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from paxattn.attention.mosaic_gpu.config import (
     packed_rows,
     short_q_len,
 )
+from paxattn.attention.mosaic_gpu.portable import cards
+from paxattn.attention.mosaic_gpu.portable import config as portable
+from paxattn.attention.mosaic_gpu.portable.cards import Card
 from paxattn.attention.native import launch
 from paxattn.attention.target import Target
 
@@ -44,12 +48,12 @@ def check(request: Request | None, target: Target) -> str:
     Raises:
         NotImplementedError: they cannot; the message says why.
     """
-    if target.platform != "gpu" or not _HOPPER.search(target.device_kind):
-        raise NotImplementedError(
-            f"its kernels are for NVIDIA Hopper GPUs (H100, H200, GH200), not {target.device_kind}"
-        )
+    card = _card(target)
     if request is None:
-        return "decode and prefill kernels for NVIDIA Hopper GPUs"
+        if card is None:
+            return "decode and prefill kernels for NVIDIA Hopper GPUs"
+        copies = "TMA" if card.tma else "cp.async"
+        return f"portable decode and prefill kernels, for {card.arch} ({copies}, warp-level mma)"
     if request.dtype not in DTYPES:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
@@ -61,14 +65,48 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(f"page_size={request.page_size} is not one of {PAGE_SIZES}")
     if request.ancestors:
         raise NotImplementedError("its kernels know no ancestor masks (trees of new tokens)")
-    return _kernel_for(request)
+    if card is not None:
+        portable.check(request, card)
+    return _kernel_for(request, card)
 
 
-def _kernel_for(request: Request) -> str:
+def _card(target: Target) -> Card | None:
+    """The card that the portable kernels run on; None for Hopper, which has its own."""
+    kind = target.device_kind
+    if target.platform == "gpu":
+        if _HOPPER.search(kind):
+            return None
+        card = cards.card_of(kind)
+        if card is not None:
+            if jax.__version_info__ < (0, 11):
+                raise NotImplementedError(f"its kernels for {kind} need jax 0.11 or newer")
+            return card
+        if cards.is_older(kind):
+            raise NotImplementedError(
+                f"its kernels need cp.async and bfloat16 matrix instructions, which came with "
+                f"Ampere: {kind} is older"
+            )
+    raise NotImplementedError(
+        "its kernels are for NVIDIA GPUs from Ampere on (A100, RTX 3090, RTX 4090, H100, H200, "
+        f"B200, RTX 5090 and others by name), not {kind}"
+    )
+
+
+def _short_rows(request: Request, card: Card | None) -> tuple[int, int]:
+    """Bound on the new tokens of rows for the decode kernel, and packed rows of its tiles."""
+    group, head_dim = request.num_q_heads // request.num_kv_heads, request.head_dim
+    if card is None:
+        short = short_q_len(request.max_q_len, group, head_dim)
+        return short, packed_rows(short, group)
+    short = short_q_len(request.max_q_len, group, head_dim, portable.max_rows(head_dim))
+    return short, portable.packed_rows(short, group, head_dim)
+
+
+def _kernel_for(request: Request, card: Card | None) -> str:
     """Names the kernels that a batch needs, and why."""
-    group = request.num_q_heads // request.num_kv_heads
-    short = short_q_len(request.max_q_len, group, request.head_dim)
-    decode = f"decode kernel, {packed_rows(short, group)} query rows per KV head"
+    which = "" if card is None else f"portable ({card.arch}) "
+    short, rows = _short_rows(request, card)
+    decode = f"{which}decode kernel, {rows} query rows per KV head"
     if short == request.max_q_len:
         return decode
     if request.page_dtype is not None:
@@ -76,8 +114,10 @@ def _kernel_for(request: Request) -> str:
             f"its prefill kernel reads no quantised pages ({request.page_dtype}), and rows of "
             f"{request.max_q_len} new tokens do not fit the decode kernel"
         )
-    prefill_config.check(request)
-    return "prefill kernel" if short == 0 else f"prefill kernel; rows of at most {short}: {decode}"
+    if card is None:
+        prefill_config.check(request)
+    prefill = f"{which}prefill kernel"
+    return prefill if short == 0 else f"{prefill}; rows of at most {short}: {decode}"
 
 
 def schedule(
@@ -107,15 +147,22 @@ def schedule(
     """
     from paxattn.attention.mosaic_gpu import plan
 
-    group, head_dim = request.num_q_heads // request.num_kv_heads, request.head_dim
-    short = short_q_len(request.max_q_len, group, head_dim)
+    card = _card(target)
+    short, rows = _short_rows(request, card)
     common: dict[str, Any] = dict(
         device=target.device_kind,
         dtype=request.dtype,
-        head_dim=head_dim,
+        head_dim=request.head_dim,
         page_size=request.page_size,
-        num_sms=sms(target),
     )
+    if card is None:
+        common["num_sms"] = sms(target)
+        quantized = request.page_dtype is not None
+        pick_decode = functools.partial(tunable.decode_config, quantized=quantized)
+        pick_prefill = tunable.prefill_config
+    else:
+        pick_decode = functools.partial(tunable.portable_decode_config, card)
+        pick_prefill = functools.partial(tunable.portable_prefill_config, card)
     return plan.plan_batch(
         block_tables=block_tables,
         kv_lens=kv_lens,
@@ -123,20 +170,14 @@ def schedule(
         sliding_window=sliding_window,
         request=request,
         short_q_len=short,
-        decode=tunable.decode_config(
-            **common,
-            rows=packed_rows(short, group),
-            split=fixed_split,
-            quantized=request.page_dtype is not None,
-        )
-        if short
-        else None,
-        prefill=tunable.prefill_config(**common) if short < request.max_q_len else None,
+        decode=pick_decode(**common, rows=rows, split=fixed_split) if short else None,
+        prefill=pick_prefill(**common) if short < request.max_q_len else None,
+        card=card,
     )
 
 
 def sms(target: Target) -> int:
-    """Multiprocessors of a target."""
+    """Multiprocessors of a Hopper GPU."""
     return _SMS.get(target.device_kind, 132)
 
 

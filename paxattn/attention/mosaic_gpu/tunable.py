@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from paxattn.attention import tuning
 from paxattn.attention.mosaic_gpu import config as decode
 from paxattn.attention.mosaic_gpu import prefill_config as prefill
+from paxattn.attention.mosaic_gpu.portable import config as portable
+from paxattn.attention.mosaic_gpu.portable.cards import Card
 
 
 def decode_candidates(
@@ -123,4 +125,59 @@ def prefill_config(
         key={"dtype": dtype, "head_dim": head_dim, "page_size": page_size},
         default=prefill.default_config(head_dim=head_dim, num_sms=num_sms),
         candidates=prefill_candidates(head_dim=head_dim, page_size=page_size, num_sms=num_sms),
+    )
+
+
+def portable_decode_config(
+    card: Card, *, device: str, dtype: str, rows: int, head_dim: int, page_size: int,
+    split: int | None = None,
+) -> decode.Config:  # fmt: skip
+    """As `decode_config`, for the portable kernel.
+
+    Args:
+        card: the GPU.
+        device: its kind.
+        dtype: of queries and pages.
+        rows: of a query tile, from `portable.config.packed_rows`.
+        head_dim: elements per head.
+        page_size: P, tokens.
+        split: as in `config.Config`.
+
+    Returns:
+        The config.
+    """
+    candidates = portable.decode_configs(
+        card, rows=rows, head_dim=head_dim, page_size=page_size, split=split
+    )
+    return tuning.pick(
+        "mosaic_gpu.portable_decode",
+        device=device,
+        key={"dtype": dtype, "head_dim": head_dim, "page_size": page_size, "rows": rows},
+        default=candidates[0],
+        candidates=candidates,
+    )
+
+
+def portable_prefill_config(
+    card: Card, *, device: str, dtype: str, head_dim: int, page_size: int
+) -> prefill.Config:
+    """As `prefill_config`, for the portable kernel.
+
+    Args:
+        card: the GPU.
+        device: its kind.
+        dtype: of queries and pages.
+        head_dim: elements per head.
+        page_size: P, tokens.
+
+    Returns:
+        The config.
+    """
+    candidates = portable.prefill_configs(card, head_dim=head_dim, page_size=page_size)
+    return tuning.pick(
+        "mosaic_gpu.portable_prefill",
+        device=device,
+        key={"dtype": dtype, "head_dim": head_dim, "page_size": page_size},
+        default=candidates[0],
+        candidates=candidates,
     )
