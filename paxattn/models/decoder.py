@@ -182,10 +182,6 @@ class Decoder(nnx.Module):
             raise ValueError(f"{tokens.shape=} must be {batch.positions.shape=}, the batch's")
         if isinstance(cache, KVCache):
             self._check_cache(cache)
-        x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
-        if config.scale_embeddings:
-            # The factor is rounded first, as in transformers.
-            x = x * jnp.asarray(np.float32(config.hidden_size**0.5), x.dtype)
         separate: dict[str, Kernel] = {}
         stacked: dict[str, Kernel] = {}
         for name, kernel in self.kernels.items():
@@ -242,8 +238,17 @@ class Decoder(nnx.Module):
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
         vectors = {name: vector[...] for name, vector in self.vectors.items()}
-        (x, cache), _ = lax.scan(layer_step, (x, cache), (layers, vectors, kinds, stacked))
+        (x, cache), _ = lax.scan(
+            layer_step, (self._embed(tokens), cache), (layers, vectors, kinds, stacked)
+        )
         return rms_norm(x, self.norm[...], config.norm_eps), cache
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+        if not self.config.scale_embeddings:
+            return x
+        # The factor is rounded first, as in transformers.
+        return x * jnp.asarray(np.float32(self.config.hidden_size**0.5), x.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits, f32[K, vocab_size], of hidden states ``[K, hidden_size]``.
@@ -269,7 +274,7 @@ class Decoder(nnx.Module):
         given = dict(sm_scale=config.sm_scale, soft_cap=config.soft_cap)
         common = {name: value for name, value in given.items() if value is not None}
 
-        def kind(window: int) -> tuple[dict[str, Any], Any]:
+        def in_common(window: int) -> tuple[dict[str, Any], Any]:
             rope = config.local_rope if window and config.local_rope else config.rope
             # One window for all layers stays a Python number, which a kernel may build upon.
             alone = len(windows) == 1
@@ -289,7 +294,7 @@ class Decoder(nnx.Module):
                 )
             return options, rope.angles(batch.positions, config.head_dim)
 
-        each = [kind(window) for window in windows]
+        each = [in_common(window) for window in windows]
         if len(each) == 1:
             (options, angles), *_ = each
             return lambda kind: ({**common, **options}, angles), None
