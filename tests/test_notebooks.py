@@ -35,14 +35,14 @@ def varies(cell):
 
 
 def shown(cell):
-    """Of a cell what must stay: printed text and values, and which kinds of pictures."""
+    """Of a cell what must stay: kinds of outputs, and the text of those that have any."""
     out = []
     for output in cell["outputs"]:
         if output["output_type"] == "stream":
             out.append((output["name"], text(output["text"])))
         else:
             data = output["data"]
-            out.append((sorted(data), text(data.get("text/plain", ""))))
+            out.append((" ".join(sorted(data)), text(data.get("text/plain", ""))))
     return out
 
 
