@@ -10,9 +10,9 @@ takes the tile's expert by its index and multiplies. So
   one expert, which XLA makes of what an index has chosen: a tile costs about three readings of its
   expert's matrices.
 
-``lax.ragged_dot`` does the same in one operation, but only a TPU has it: on CPUs and GPUs XLA
-multiplies every row with every expert. For 32 experts of 2880 x 5760 that is 32 times the work,
-and on a CPU 2 GB of scratch for a single token (read from programs compiled by jax 0.10 and 0.12).
+``lax.ragged_dot`` does the same in one operation, but on CPUs and GPUs XLA multiplies every row
+with every expert: for 32 experts of 2880 x 5760 that is 32 times the work, and on a CPU 1 to 2 GB
+of scratch for a single token (read from programs compiled by jax 0.10 and 0.12).
 """
 
 from __future__ import annotations
