@@ -168,7 +168,7 @@ FEW = [
     dict(rows=64, head_dim=64, page_size=32, dtype=jnp.float16),
     dict(rows=8, head_dim=128, page_size=16, page_dtype=jnp.float8_e4m3fn),
     dict(rows=16, head_dim=64, page_size=8, page_dtype=jnp.int8, soft_cap=50.0),
-    dict(rows=24, head_dim=256, page_size=64, page_dtype=jnp.float8_e4m3fn),
+    dict(rows=16, head_dim=128, page_size=16, page_dtype=jnp.int8, soft_cap=50.0),
     dict(rows=48, head_dim=128, page_size=128, page_dtype=jnp.int8),
 ]
 ALL = [

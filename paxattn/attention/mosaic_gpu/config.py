@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-QUANTIZED_HEAD_DIMS = (64, 128, 256)  # of quantised pages
+QUANTIZED_HEAD_DIMS = (64, 128)  # of quantised pages (256 spills)
 SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
 _RESERVED_BYTES = 3 * 1024  # per thread block: barriers, the reductions' scratch, alignment
 

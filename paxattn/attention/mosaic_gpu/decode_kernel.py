@@ -311,11 +311,10 @@ def _q_dot_k(s: Scratch, at: jax.Array, tile: jax.Array, t: Tile) -> jax.Array:
     acc = plgpu.ACC((t.config.block_kv, t.rows), jnp.float32)
     if t.page_dtype is None:
         return pl.run_scoped(product, acc)
-    # As many columns in registers at a time as large tiles leave room for.
-    size = min(t.head_dim, 128 if t.lazy else 64)
+    # (All columns at once would take too many registers.)
     parts = (
-        pl.run_scoped(functools.partial(product, columns=pl.ds(column, size)), acc)
-        for column in range(0, t.head_dim, size)
+        pl.run_scoped(functools.partial(product, columns=pl.ds(column, 64)), acc)
+        for column in t.columns
     )
     scores = functools.reduce(jnp.add, parts)
     return scores * across(load_scales(s.k_scales.at[at]), scores.shape, 0)
