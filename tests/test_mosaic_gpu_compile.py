@@ -190,8 +190,12 @@ ALL = [
     )
     if rows <= config.max_rows(head_dim)
 ]
+if jax.__version_info__ < (0, 11):  # which declines quantised pages
+    FEW, ALL = ([case for case in cases if "page_dtype" not in case] for cases in (FEW, ALL))
 KERNELS = {name_of(**case): case for case in [*FEW, *ALL]}
-WHOLE = {f.__name__: f for f in (decode_op, verify_op, decode_layers, quantized_layers)}
+WHOLE = {f.__name__: f for f in (decode_op, verify_op, decode_layers)}
+if jax.__version_info__ >= (0, 11):
+    WHOLE["quantized_layers"] = quantized_layers
 
 
 def program(name):
@@ -241,4 +245,5 @@ def test_whole_op():
         assert facts["temp"] < L * N * 8 * 16 * 80 * 2, name  # one pool, the smallest of these
     pool = 4 * N * 8 * 16 * 128 * 2
     assert found["decode_layers"]["alias"] >= 2 * pool
-    assert found["quantized_layers"]["alias"] >= pool
+    if "quantized_layers" in found:
+        assert found["quantized_layers"]["alias"] >= pool

@@ -58,6 +58,10 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
+    if request.page_dtype is not None and jax.__version_info__ < (0, 11):
+        raise NotImplementedError(  # (0.10 copies no fewer than 128 bytes, as scales of a page are)
+            f"its decode kernel reads quantised pages ({request.page_dtype}) from jax 0.11 on"
+        )
     head_dims = HEAD_DIMS if request.page_dtype is None else QUANTIZED_HEAD_DIMS
     if request.head_dim not in head_dims:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {head_dims}")
