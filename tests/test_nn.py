@@ -314,7 +314,7 @@ def test_rope_scaling():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(kind="yarn"), "kind='yarn' is not known; known: default, linear, llama3"),
+        (dict(kind="ntk"), "kind='ntk' is not known; known: default, linear, llama3, yarn"),
         (dict(theta=0.0), r"theta=0.0 and factor=1.0 must be positive"),
         (dict(factor=float("nan")), "factor=nan must be positive"),
         (

@@ -739,7 +739,7 @@ def test_a_step_does_not_copy_the_pool():
         parts.setdefault(name, []).append(line)
 
     def calls(name, seen):
-        """Everything called from there, but for the eviction: its result starts with `depths`."""
+        """Everything called from there, but for the eviction: its state starts with `depths`."""
         if name not in seen:
             seen.add(name)
             for line in parts[name]:
@@ -752,14 +752,15 @@ def test_a_step_does_not_copy_the_pool():
                         calls(other, seen)
         return seen
 
-    evicts, evicting = [], re.compile(rf"= \(s32\[{size}\]\S* s32\[{buckets}\].* conditional\(")
+    evicting = re.compile(rf"= \(pred\[\]\S* s32\[{size}\]\S* s32\[{buckets}\].* while\(")
+    evicts = []
     (body,) = {m[1] for m in re.finditer(r"body=%?([\w.\-]+)", "\n".join(parts[entry_of(parts)]))}
     checked = calls(body, set())
     assert len(evicts) == 1
     copies = re.compile(rf"\[({size}|{buckets})[,\]].* copy\(")
     found = [line for part in checked for line in parts[part] if copies.search(line)]
     assert not found
-    # The branch that evicts may copy: so the pattern is the right one.
+    # What evicts may copy: so the pattern is the right one.
     assert any(copies.search(line) for part in calls(evicts[0], set()) for line in parts[part])
 
 
