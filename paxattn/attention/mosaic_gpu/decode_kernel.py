@@ -232,7 +232,10 @@ def consume(
 
             plgpu.barrier_wait(s.k_full.at[at])
             scores = _q_dot_k(s, at, tile, t)
-            v_scales = None if t.page_dtype is None else load_scales(s.v_scales.at[at])
+            v_scales = None
+            if t.page_dtype is not None:
+                v_scales = load_scales(s.v_scales.at[at])
+                plgpu.commit_smem()  # these reads come before TMA's next writes: another proxy
             plgpu.barrier_arrive(s.k_free.at[at])
             scores = _scaled(scores, scale, t)
             seen = _seen(token, item, pages, window, t)
@@ -325,8 +328,8 @@ def _widened(s: Scratch, at: jax.Array, t: Tile) -> Any:
     for column in t.columns:  # (all at once would take too many registers)
         part = pl.ds(column, 64)
         store(s.wide.at[:, part], widen(s.v.at[at, :, part], t.dtype))
+    plgpu.commit_smem()  # what was written, for `wgmma`; and what was read, before it is refilled
     plgpu.barrier_arrive(s.v_free.at[at])
-    plgpu.commit_smem()
     return s.wide
 
 
