@@ -182,6 +182,25 @@ def leave_behind(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, block_tables=tables, owned=owned)
 
 
+def scatter(inputs: Inputs, num_pages: int = 40_000) -> Inputs:
+    """The same pages of floats, anywhere beyond page 32,767 of a large pool that holds NaN."""
+    places = np.random.default_rng(1).choice(
+        np.arange(32_768, num_pages), len(inputs.owned), replace=False
+    )
+
+    def spread(pages: np.ndarray) -> np.ndarray:
+        out = np.full((num_pages, *pages.shape[1:]), np.nan, pages.dtype)
+        out[places] = pages
+        return out
+
+    return dataclasses.replace(
+        inputs,
+        block_tables=np.append(places, num_pages).astype(np.int32)[inputs.block_tables],
+        k_pages=spread(inputs.k_pages),
+        v_pages=spread(inputs.v_pages),
+    )
+
+
 def poison(inputs: Inputs, value: float = np.nan) -> Inputs:
     """Puts `value` in all that no row may read: other slots, other layers, padding queries.
 

@@ -297,21 +297,7 @@ def test_memory_does_not_follow_the_table_or_the_pool():
 
 def test_many_pages():
     inputs = cases.make(dataclasses.replace(DECODE, page_size=1, head_dim=8, heads=(1, 1)))
-    num_pages, old = 40_000, len(inputs.owned)
-    moved = np.sort(np.random.default_rng(1).choice(np.arange(32_768, num_pages), old, False))
-    moved = np.append(moved, num_pages).astype(np.int32)
-
-    def spread(pages):
-        out = np.full((num_pages, *pages.shape[1:]), np.nan, pages.dtype)
-        out[moved[:-1]] = pages
-        return out
-
-    far = dataclasses.replace(
-        inputs,
-        block_tables=moved[inputs.block_tables],
-        k_pages=spread(inputs.k_pages),
-        v_pages=spread(inputs.v_pages),
-    )
+    far = cases.scatter(inputs)
     check(far, run(far))
 
 

@@ -15,7 +15,7 @@ from gpu_interpreter import check, interpreted, run
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from paxattn import kv_cache
-from paxattn.attention.mosaic_gpu import config, support
+from paxattn.attention.mosaic_gpu import config
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.page_table import init_page_table
 from paxattn.ragged import ragged_batch
@@ -50,23 +50,9 @@ def test_a_mixed_batch(case):
     check(inputs, run(cases.poison(inputs)))
 
 
-def grid():
-    """What of the full grid the implementation serves, mixed batches first of all."""
-    for case in dict.fromkeys(cases.full_grid()):
-        if case.dtype == "float32":
-            case = dataclasses.replace(case, dtype="bfloat16")
-        if case.head_dim in config.HEAD_DIMS and case.page_size in support.PAGE_SIZES:
-            few = [i for i, n in enumerate(case.kv_lens) if n <= 1100][:5]  # (0.1 s per block)
-            yield dataclasses.replace(
-                case,
-                q_lens=tuple(case.q_lens[i] for i in few),
-                kv_lens=tuple(case.kv_lens[i] for i in few),
-            )
-
-
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(dict.fromkeys(grid())), ids=str)
+@pytest.mark.parametrize("case", gpu_interpreter.grid(), ids=str)
 def test_whole_grid(case):
     inputs = cases.make(case)
     check(inputs, run(cases.poison(inputs)))

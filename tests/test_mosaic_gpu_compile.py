@@ -81,7 +81,7 @@ def kernel(
             for name in ("q", "k_pages", "v_pages", "k_scales", "v_scales")
             if name in given
         ]
-        options = dict(window=one, sm_scale=jnp.float32(1), tile=tile, out_dtype=dtype)
+        options = dict(sliding_window=one, sm_scale=jnp.float32(1), tile=tile, out_dtype=dtype)
         return attend(*arrays, **given, **options)
 
     return run, (given,)

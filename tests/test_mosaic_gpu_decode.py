@@ -129,20 +129,7 @@ def test_pages_behind_the_window_may_be_missing():
 def test_many_pages():
     case = Case(q_lens=(1, 1), kv_lens=(90, 17), **BF16, heads=(1, 1), page_size=8, max_q_len=1)
     inputs = cases.make(case)
-    num_pages, old = 33_000, len(inputs.owned)
-    moved = np.append(np.arange(num_pages - old, num_pages), num_pages).astype(np.int32)
-
-    def spread(pages):
-        out = np.full((num_pages, *pages.shape[1:]), np.nan, pages.dtype)
-        out[moved[:-1]] = pages
-        return out
-
-    far = dataclasses.replace(
-        inputs,
-        block_tables=moved[inputs.block_tables],
-        k_pages=spread(inputs.k_pages),
-        v_pages=spread(inputs.v_pages),
-    )
+    far = cases.scatter(inputs)
     check(far, run(far))
 
 

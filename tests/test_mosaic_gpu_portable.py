@@ -110,24 +110,10 @@ def test_a_mixed_batch_in_other_block_sizes(copies):
     check(inputs, got)
 
 
-def grid():
-    """What of the full grid the kernels serve; long sequences take minutes."""
-    for case in dict.fromkeys(cases.full_grid()):
-        if case.dtype == "float32":
-            case = dataclasses.replace(case, dtype="bfloat16")
-        if case.head_dim in config.HEAD_DIMS and case.page_size in support.PAGE_SIZES:
-            few = [i for i, n in enumerate(case.kv_lens) if n <= 1100][:5]
-            yield dataclasses.replace(
-                case,
-                q_lens=tuple(case.q_lens[i] for i in few),
-                kv_lens=tuple(case.kv_lens[i] for i in few),
-            )
-
-
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("copies", CARDS)
-@pytest.mark.parametrize("case", list(dict.fromkeys(grid())), ids=str)
+@pytest.mark.parametrize("case", gpu_interpreter.grid(), ids=str)
 def test_whole_grid(case, copies):
     inputs = cases.make(case)
     check(inputs, run(cases.poison(inputs), card=CARDS[copies]))
@@ -182,20 +168,7 @@ def test_pages_behind_the_window_may_be_missing(short):
 def test_many_pages(short):
     case = Case(q_lens=(1, 2), kv_lens=(90, 17), **BF16, heads=(1, 1), page_size=8)
     inputs = cases.make(case)
-    num_pages, old = 33_000, len(inputs.owned)
-    moved = np.append(np.arange(num_pages - old, num_pages), num_pages).astype(np.int32)
-
-    def spread(pages):
-        out = np.full((num_pages, *pages.shape[1:]), np.nan, pages.dtype)
-        out[moved[:-1]] = pages
-        return out
-
-    far = dataclasses.replace(
-        inputs,
-        block_tables=moved[inputs.block_tables],
-        k_pages=spread(inputs.k_pages),
-        v_pages=spread(inputs.v_pages),
-    )
+    far = cases.scatter(inputs)
     check(far, run(far, card=B200, short=short))
 
 

@@ -65,7 +65,9 @@ def decode(card, rows, head_dim, page_size, chosen, *, dtype, **options):
             **sizes,
         ), lens, lens, 0,
     )  # fmt: skip
-    arrays = dict(block_tables=tables, stored=lens, schedule=made, layer=scalar, window=scalar)
+    arrays = dict(
+        block_tables=tables, stored=lens, schedule=made, layer=scalar, sliding_window=scalar
+    )
     arrays |= dict(sm_scale=shape((), jnp.float32))
     q = shape((R, HEADS, rows, head_dim), dtype)
 
@@ -79,7 +81,7 @@ def decode(card, rows, head_dim, page_size, chosen, *, dtype, **options):
 
 def prefill(card, rows, head_dim, page_size, chosen, *, dtype, window, **options):
     """The prefill kernel, for rows that are cut already."""
-    from paxattn.attention.mosaic_gpu.portable.prefill import prefill_attention
+    from paxattn.attention.mosaic_gpu.prefill import prefill_attention
 
     pages, tables, lens, scalar = given(head_dim, page_size, dtype)
     ends = shape((R + 1,), jnp.int32)
@@ -95,7 +97,7 @@ def prefill(card, rows, head_dim, page_size, chosen, *, dtype, window, **options
     q = shape((T, HEADS * GROUP, head_dim), dtype)
 
     def run(q, pages, arrays):
-        return prefill_attention(q, *pages, **arrays, **options, config=chosen, tma=card.tma)
+        return prefill_attention(q, *pages, **arrays, **options, config=chosen, card=card)
 
     return run, (q, (pages, pages), arrays)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +11,7 @@ from jax import lax
 
 from paxattn.decode_step import Status, take_in
 from paxattn.page_table import release, token_rows
+from paxattn.page_table.pages import when
 from paxattn.penalties import count_tokens
 from paxattn.pool import Pool, leave_behind, remember_rows, with_table
 from paxattn.sampling import LogitsProcessor, row_sampling, sample
@@ -72,7 +72,7 @@ def run_step(model: LanguageModel, state: ServeState, q_lens: jax.Array) -> tupl
     """
     ends = jnp.cumsum(q_lens, dtype=jnp.int32)
 
-    def run(pool: Pool, *, num_tokens: int, max_q_len: int) -> tuple[Pool, jax.Array]:
+    def run(pool: Pool, _: jax.Array, *, num_tokens: int, max_q_len: int) -> tuple[Pool, jax.Array]:
         rows, offsets, _ = token_rows(q_lens, num_tokens)
         place = pool.table.kv_lens.at[rows].get(mode="fill", fill_value=0) + offsets
         owner = state.owners.at[rows].get(mode="fill", fill_value=state.capacity)
@@ -84,26 +84,9 @@ def run_step(model: LanguageModel, state: ServeState, q_lens: jax.Array) -> tupl
     wide = partial(run, num_tokens=state.step_tokens, max_q_len=state.step_tokens)
     narrow = partial(run, num_tokens=num_rows, max_q_len=1)
     some = jnp.any(q_lens > 1)
-    hidden = jax.eval_shape(narrow, state.pool)[1]
-    done = state.pool, jnp.zeros(hidden.shape, hidden.dtype)
-    return run_if(~some, narrow, run_if(some, wide, done))
-
-
-def run_if(
-    condition: jax.Array,
-    run: Callable[[Pool], tuple[Pool, jax.Array]],
-    done: tuple[Pool, jax.Array],
-) -> tuple[Pool, jax.Array]:
-    """``run(done[0])`` if the condition holds, else ``done``.
-
-    A loop of one turn at most, because XLA works in place in loops: of what goes through a
-    `lax.cond` it makes copies, and the pool is nearly all of a machine's memory.
-    """
-
-    def body(carry: tuple) -> tuple:
-        return jnp.bool_(False), run(carry[1][0])
-
-    return lax.while_loop(lambda carry: carry[0], body, (condition, done))[1]
+    hidden = jax.eval_shape(narrow, state.pool, ends)[1]
+    pool, hidden = when(some, wide, state.pool, jnp.zeros(hidden.shape, hidden.dtype))
+    return when(~some, narrow, pool, hidden)
 
 
 def record(

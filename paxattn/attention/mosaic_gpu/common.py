@@ -21,6 +21,12 @@ LN2 = math.log(2.0)
 LOWEST = -1e38
 
 
+def reach(sliding_window: jax.Array | int | None) -> jax.Array:
+    """The window as i32[], positive: none is one without end (differences must not overflow)."""
+    window = jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32)
+    return jnp.where(window > 0, window, 2**30)
+
+
 def operand(*shape: int, dtype: Any, columns: int | None = None) -> Any:
     """Shared memory for matrices that TMA writes or `wgmma` reads.
 

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn.attention.mosaic_gpu.common import LOG2E, barriers, operand
+from paxattn.attention.mosaic_gpu.common import LOG2E, barriers, operand, reach
 from paxattn.attention.mosaic_gpu.config import value_dim
 from paxattn.attention.mosaic_gpu.decode_kernel import consume, produce
 from paxattn.attention.mosaic_gpu.decode_refs import QUERY_TILES, Inputs, Outputs, Scratch, Tile
@@ -29,7 +29,7 @@ def attend(
     block_tables: jax.Array,
     schedule: Schedule,
     layer: jax.Array,
-    window: jax.Array,
+    sliding_window: jax.Array | int | None,
     sm_scale: jax.Array,
     tile: Tile,
     out_dtype: Any,
@@ -45,7 +45,7 @@ def attend(
         block_tables: i32[R, M].
         schedule: from `schedule_decode`, for the same `block_kv`.
         layer: i32[], in range.
-        window: i32[], sliding window in tokens, not positive: none.
+        sliding_window: i32[] (not positive: none), or None.
         sm_scale: f32[], factor on `q . k`.
         tile: what is static.
         out_dtype: of `o`.
@@ -116,7 +116,6 @@ def attend(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else dict(interpret=interpret)),
     )
-    window = jnp.where(window > 0, window, 2**30)  # (differences must not overflow)
     return kernel(
         q,
         k_pages,
@@ -124,7 +123,7 @@ def attend(
         block_tables,
         schedule.items,
         schedule.core_items,
-        jnp.stack([layer, window]).astype(jnp.int32),
+        jnp.stack([layer, reach(sliding_window)]),
         (sm_scale * LOG2E).astype(jnp.float32).reshape(1),
         *scales,
     )

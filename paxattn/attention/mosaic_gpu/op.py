@@ -22,13 +22,11 @@ from paxattn.attention.mosaic_gpu.decode_refs import Tile
 from paxattn.attention.mosaic_gpu.merge import merge
 from paxattn.attention.mosaic_gpu.plan import Plan, ShortRows
 from paxattn.attention.mosaic_gpu.portable import decode as portable_decode
-from paxattn.attention.mosaic_gpu.portable import prefill as portable_prefill
 from paxattn.attention.mosaic_gpu.portable import ring
 from paxattn.attention.mosaic_gpu.portable.cards import Card
 from paxattn.attention.mosaic_gpu.portable.config import packed_rows as portable_packed_rows
 from paxattn.attention.mosaic_gpu.prefill import prefill_attention
 from paxattn.attention.reference import add_sinks
-from paxattn.attention.schedule import Schedule
 
 # Queries become f16 for fp8 pages: scaled, so that bf16's range ends at 2**24 and not at 2**16.
 _SMALL = np.float32(2.0**-8)
@@ -86,12 +84,8 @@ def attend_batch(
         sliding_window=sliding_window, causal=causal, soft_cap=soft_cap, interpret=interpret,
     )  # fmt: skip
     if plan.long is not None:
-        work: dict[str, Any] = dict(tiles=plan.long.tiles, config=plan.long.config, **options)
-        if plan.card is None:
-            o, lse = prefill_attention(q, k_pages, v_pages, **work)
-        else:
-            work["tma"] = plan.card.tma
-            o, lse = portable_prefill.prefill_attention(q, k_pages, v_pages, **work)
+        long = dict(tiles=plan.long.tiles, config=plan.long.config, card=plan.card)
+        o, lse = prefill_attention(q, k_pages, v_pages, **long, **options)
     if plan.short is not None:
         # Sinks scale the result once more: round it only after that.
         options["out_dtype"] = q.dtype if sinks is None else jnp.float32
@@ -147,19 +141,19 @@ def attend_short_rows(
     Returns:
         o [T, H * G, D] and lse f32[T, H * G]; 0 and -inf for tokens of other rows.
     """
-    num_layers, _, heads, _, head_dim = k_pages.shape
-    group = q.shape[1] // heads
-    sm_scale = jnp.asarray(sm_scale, jnp.float32)
+    group = q.shape[1] // k_pages.shape[2]
     options: dict[str, Any] = dict(
         block_tables=block_tables,
-        schedule=short.schedule,
-        layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1),
-        window=jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32),
+        cu_q_lens=cu_q_lens,
+        layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_pages.shape[0] - 1),
+        sm_scale=jnp.asarray(sm_scale, jnp.float32),
+        sliding_window=sliding_window,
+        short=short,
         out_dtype=out_dtype,
         interpret=interpret,
     )
     static: dict[str, Any] = dict(
-        head_dim=head_dim,
+        head_dim=k_pages.shape[4],
         page_size=k_pages.shape[3],
         num_pages=k_pages.shape[1],
         max_pages=block_tables.shape[1],
@@ -170,62 +164,45 @@ def attend_short_rows(
         interpret=interpret is not None,
     )
     if card is None:
-        tile = Tile(
-            **static,
-            rows=packed_rows(short.max_q_len, group),
-            single=short.max_q_len == 1,
-            config=short.config,
-        )
-        if scales:
-            tile = dataclasses.replace(
-                tile, dtype=wide_dtype(k_pages.dtype), page_dtype=k_pages.dtype
-            )
-            q, sm_scale = (q * _SMALL.astype(q.dtype)).astype(tile.dtype), sm_scale / _SMALL
-        tiles = _pack(q, cu_q_lens, heads, short.max_q_len, tile.rows)
-        o, lse = _attend_units(
-            tiles, k_pages, v_pages, *scales, tile=tile, sm_scale=sm_scale, **options
-        )
+        o, lse = _hopper_units(q, k_pages, v_pages, *scales, static=static, **options)
     else:
-        rows = portable_packed_rows(short.max_q_len, group, head_dim)
-        tiles = _pack(q, cu_q_lens, heads, short.max_q_len, rows)
-        o, lse = portable_decode.attend_units(
-            tiles,
-            k_pages,
-            v_pages,
-            stored=short.stored,
-            tile=ring.Tile(
-                **static,
-                rows=rows,
-                window=sliding_window is not None,
-                block_kv=short.config.block_kv,
-                stages=short.config.stages,
-                tma=card.tma,
-            ),
-            num_cores=short.config.num_cores,
-            sm_scale=sm_scale,
-            **options,
-        )
-        o = o.swapaxes(2, 3)
+        o, lse = _portable_units(q, k_pages, v_pages, card=card, static=static, **options)
     o = _unpack(o, short, group, 0.0)
     lse = _unpack(lse[:, :, None], short, group, LOWEST)[..., 0]
     return o, jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)
 
 
-def _attend_units(
+def _hopper_units(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
     *scales: jax.Array,
-    schedule: Schedule,
-    tile: Tile,
+    static: dict[str, Any],
+    cu_q_lens: jax.Array,
+    short: ShortRows,
+    sm_scale: jax.Array,
     out_dtype: Any,
     interpret: Any,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the decode kernel for Hopper and merges its pieces: o [R, H, D, Q], lse [R, H, Q]."""
+    rows = packed_rows(short.max_q_len, static["group"])
+    tile = Tile(**static, rows=rows, single=short.max_q_len == 1, config=short.config)
+    if scales:
+        tile = dataclasses.replace(tile, dtype=wide_dtype(k_pages.dtype), page_dtype=k_pages.dtype)
+        q, sm_scale = (q * _SMALL.astype(q.dtype)).astype(tile.dtype), sm_scale / _SMALL
+    schedule = short.schedule
     common = dict(out_dtype=out_dtype, interpret=interpret)
     o, lse, o_parts, lse_parts = attend(
-        q, k_pages, v_pages, *scales, schedule=schedule, tile=tile, **common, **options
+        _pack(q, cu_q_lens, k_pages.shape[2], short.max_q_len, rows),
+        k_pages,
+        v_pages,
+        *scales,
+        schedule=schedule,
+        tile=tile,
+        sm_scale=sm_scale,
+        **common,
+        **options,
     )
     parts = merge(o_parts, lse_parts, schedule.merge_counts, **common)
     cut = schedule.first_slots >= 0
@@ -238,6 +215,42 @@ def _attend_units(
     if tile.head_dim % 64:  # two parts of 64 columns that overlap: `Tile.chunks`
         o = jnp.concatenate([o[:, :, :64], o[:, :, 192 - tile.head_dim :]], axis=2)
     return o, lse
+
+
+def _portable_units(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    card: Card,
+    static: dict[str, Any],
+    cu_q_lens: jax.Array,
+    short: ShortRows,
+    sliding_window: jax.Array | int | None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The same by the portable decode kernel, which merges by itself."""
+    rows = portable_packed_rows(short.max_q_len, static["group"], static["head_dim"])
+    tile = ring.Tile(
+        **static,
+        rows=rows,
+        window=sliding_window is not None,
+        block_kv=short.config.block_kv,
+        stages=short.config.stages,
+        tma=card.tma,
+    )
+    o, lse = portable_decode.attend_units(
+        _pack(q, cu_q_lens, k_pages.shape[2], short.max_q_len, rows),
+        k_pages,
+        v_pages,
+        stored=short.stored,
+        schedule=short.schedule,
+        tile=tile,
+        num_cores=short.config.num_cores,
+        sliding_window=sliding_window,
+        **options,
+    )
+    return o.swapaxes(2, 3), lse
 
 
 def _pack(q: jax.Array, cu_q_lens: jax.Array, heads: int, max_q_len: int, rows: int) -> jax.Array:

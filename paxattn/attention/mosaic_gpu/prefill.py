@@ -1,50 +1,18 @@
-"""Ragged prefill over paged KV on Hopper: the kernel for rows with many queries.
+"""Launches the prefill kernels, which serve rows with many queries.
 
-In the form of FlashAttention-3 (Shah et al., 2024), with the pipeline of JAX's own dense kernel
-(`jax.experimental.pallas.ops.gpu.attention_mgpu`). A tile (see `prefill_tiles`) is 128 packed query
-rows of one KV head. A CTA has three warpgroups:
-
-    producer (one warp)       for each block of a tile's KV: one TMA copy per page into a ring of
-                              stages, keys and values on their own barriers
-    two consumers, 64 rows    S = Q K^T (wgmma, both from SMEM), online softmax in registers,
-                              O += P V (wgmma, P from registers), one block after the other
-
-    barrier   arrivals              says
-    q         1 copy                a consumer's queries are in SMEM (one barrier per consumer)
-    k, v      1 per page of a block the block in this stage is there
-    k_free,   both consumers        nobody reads this stage's block any more
-    v_free
-    turn      both consumers        the consumers move in step, half a block apart: while one is in
-                                    its softmax the tensor cores are the other's ("ping-pong")
-
-Blocks that every query of the tile sees whole are walked first, by a loop without masks; then
-those on the edges (the causal diagonal, the window's lower end, the sequence's end). The order is
-free, since the softmax is online; producer and consumers derive it from the same `Walk`. Blocks
-beyond the tile's last query are not read, nor pages before the window's reach.
-
-What a page's unowned slots hold is anybody's, NaN included. Scores there are masked by selection.
-A weight of 0 does not mend a value of NaN, so in the block where the sequence ends the first
-consumer clears the value rows past it in SMEM; the second reads them half a block later, behind
-two phases of `turn`.
+A row is cut into tiles of packed query rows (see `prefill_tiles`), which either of two kernels
+serves: that for Hopper (`prefill_kernel`), or the portable one (`portable.prefill`).
 
 The grid is persistent: CTA `c` of `C` works on items `c`, `2C - 1 - c`, `2C + c`, ... of the list
 (each pass through the CTAs turns round, because a static deal of descending lengths in one
 direction would give the first CTAs the longest tile every time). With `num_ctas` as large as the
 list every item has a CTA of its own and the hardware deals.
 
-Where shared memory allows (`Config.own_output`), a consumer asks for the next item's queries as
-soon as the last block has been folded, so that they arrive during the epilogue.
-
 Queries and results are tile-major, gathered before and scattered after by XLA: a TMA box of 8-row
 tiles cannot start at any token, and nothing past a row's end may be written.
 
-Checked in Pallas' interpreter (numbers, barriers, races) and by compiling for an H200 (layouts,
-registers, spills, SMEM). The interpreter does not see layouts, whether wgmma has finished, or a
-missing `commit_smem`. It has no wgmma with an operand or an accumulator that lives on in
-registers either: `_add_product` has another form there.
-
 Letters: T tokens, R rows, M `max_pages_per_seq`, L layers, N pages, P `page_size`, D head_dim, Hq
-and Hkv heads, G = Hq / Hkv; S `block_kv`, B tiles.
+and Hkv heads, G = Hq / Hkv, B tiles.
 """
 
 from __future__ import annotations
@@ -56,9 +24,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paxattn.attention.mosaic_gpu import prefill_kernel, prefill_tiles
-from paxattn.attention.mosaic_gpu.common import LOG2E
+from paxattn.attention.mosaic_gpu.common import LN2, LOG2E, LOWEST, reach
+from paxattn.attention.mosaic_gpu.portable import prefill as portable
+from paxattn.attention.mosaic_gpu.portable import ring
+from paxattn.attention.mosaic_gpu.portable.cards import Card
 from paxattn.attention.mosaic_gpu.prefill_config import Config
-from paxattn.attention.mosaic_gpu.prefill_kernel import CONSUMERS
 from paxattn.attention.mosaic_gpu.prefill_tiles import Tiles
 from paxattn.attention.mosaic_gpu.prefill_work import Static
 
@@ -77,6 +47,7 @@ def prefill_attention(
     soft_cap: float | None,
     tiles: Tiles,
     config: Config,
+    card: Card | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of the rows of a ragged batch that were cut into tiles, without sinks.
@@ -95,8 +66,9 @@ def prefill_attention(
         sliding_window: i32[] (not positive: none), or None, which makes a smaller kernel.
         causal: whether a query is blind to later positions.
         soft_cap: `cap * tanh(s / cap)` on scaled scores, or None.
-        tiles: from `prefill_tiles.cut`, for the same window.
+        tiles: from `prefill_tiles.cut`, for the same window, of `config.max_rows`.
         config: block sizes.
+        card: what the portable kernel runs on; None: it is a Hopper GPU.
         interpret: `plgpu.InterpretGPUParams` to run in Pallas' interpreter.
 
     Returns:
@@ -118,22 +90,26 @@ def prefill_attention(
         config=config,
         interpret=interpret is not None,
     )
-    window = jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32)
+    if card is None:
+        body, smem = prefill_kernel.kernel(s), prefill_kernel.scratch(s)
+        warpgroups = dict(num_threads=prefill_kernel.CONSUMERS + 1, thread_name="wg")
+    else:
+        t = portable.tile(s, tiles.size, max_pages=block_tables.shape[1], tma=card.tma)
+        body, smem, warpgroups = portable.kernel(s, t), ring.scratch(t), {}
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
     packed = prefill_tiles.pack_queries(q, tiles, cu_q_lens, num_kv_heads)
     o, lse = plgpu.kernel(
-        prefill_kernel.kernel(s),
+        body,
         out_type=(
             jax.ShapeDtypeStruct(packed.shape, q.dtype),
             jax.ShapeDtypeStruct(packed.shape[:3], jnp.float32),
         ),
-        scratch_types=prefill_kernel.scratch(s),
+        scratch_types=smem,
         grid=(s.config.num_ctas,),
         grid_names=("cta",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        **warpgroups,
         **({} if interpret is None else dict(interpret=interpret)),
     )(
         packed,
@@ -141,7 +117,9 @@ def prefill_attention(
         v_pages,
         block_tables,
         tiles.fields,
-        jnp.stack([tiles.count, tiles.heads_together, layer, window]),
+        jnp.stack([tiles.count, tiles.heads_together, layer, reach(sliding_window)]),
         scale if soft_cap is not None else scale * LOG2E,
     )
+    if card is not None:  # (in base 2, and finite where nothing was seen)
+        lse = jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)
     return prefill_tiles.unpack(o, lse, tiles, tokens)

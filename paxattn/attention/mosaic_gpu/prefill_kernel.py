@@ -1,6 +1,41 @@
-"""The body of the prefill kernel; `prefill` says how it works.
+"""The body of the prefill kernel for Hopper.
 
-Letters as there: L layers, N pages, P `page_size`, D head_dim, Hkv KV heads, G group, R rows, M
+In the form of FlashAttention-3 (Shah et al., 2024), with the pipeline of JAX's own dense kernel
+(`jax.experimental.pallas.ops.gpu.attention_mgpu`). A tile (see `prefill_tiles`) is 128 packed query
+rows of one KV head. A CTA has three warpgroups:
+
+    producer (one warp)       for each block of a tile's KV: one TMA copy per page into a ring of
+                              stages, keys and values on their own barriers
+    two consumers, 64 rows    S = Q K^T (wgmma, both from SMEM), online softmax in registers,
+                              O += P V (wgmma, P from registers), one block after the other
+
+    barrier   arrivals              says
+    q         1 copy                a consumer's queries are in SMEM (one barrier per consumer)
+    k, v      1 per page of a block the block in this stage is there
+    k_free,   both consumers        nobody reads this stage's block any more
+    v_free
+    turn      both consumers        the consumers move in step, half a block apart: while one is in
+                                    its softmax the tensor cores are the other's ("ping-pong")
+
+Blocks that every query of the tile sees whole are walked first, by a loop without masks; then
+those on the edges (the causal diagonal, the window's lower end, the sequence's end). The order is
+free, since the softmax is online; producer and consumers derive it from the same `Walk`. Blocks
+beyond the tile's last query are not read, nor pages before the window's reach.
+
+What a page's unowned slots hold is anybody's, NaN included. Scores there are masked by selection.
+A weight of 0 does not mend a value of NaN, so in the block where the sequence ends the first
+consumer clears the value rows past it in SMEM; the second reads them half a block later, behind
+two phases of `turn`.
+
+Where shared memory allows (`Config.own_output`), a consumer asks for the next item's queries as
+soon as the last block has been folded, so that they arrive during the epilogue.
+
+Checked in Pallas' interpreter (numbers, barriers, races) and by compiling for an H200 (layouts,
+registers, spills, SMEM). The interpreter does not see layouts, whether wgmma has finished, or a
+missing `commit_smem`. It has no wgmma with an operand or an accumulator that lives on in
+registers either: `_add_product` has another form there.
+
+Letters: L layers, N pages, P `page_size`, D head_dim, Hkv KV heads, G group, R rows, M
 `max_pages_per_seq`, S `block_kv`, B tiles.
 """
 
@@ -156,7 +191,7 @@ def _bounds(s: Static, tile: Tile, window: jax.Array) -> _Bounds:
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_WGMMA.reduce(1))
     packed = row + (tile.first_packed + lax.axis_index("wg") * ROWS)
     position = lax.div(packed, jnp.full_like(packed, s.group)) + tile.history
-    lowest = position - (jnp.where(window > 0, window, 2**30) - 1) if s.window else None
+    lowest = position - (window - 1) if s.window else None
     return _Bounds(lowest, jnp.minimum(position, tile.stored - 1))
 
 

@@ -68,7 +68,7 @@ class Refs(NamedTuple):
     v_pages: Any
     block_tables: Any  # i32[R, M]
     fields: Any  # i32[B, 6], `Tile`s
-    numbers: Any  # i32[4]: tiles, KV heads side by side, layer, window
+    numbers: Any  # i32[4]: tiles, KV heads side by side, layer, window (positive)
     scale: Any  # f32[1], sm_scale, times log2(e) unless there is a soft cap
     o: Any  # [Hkv, B, 128, D]
     lse: Any  # f32[Hkv, B, 128]
@@ -139,16 +139,16 @@ def _div_up(a: jax.Array, b: int) -> jax.Array:
 
 
 def walk_of(s: Static, tile: Tile, window: jax.Array) -> Walk:
-    """Finds a tile's blocks."""
+    """Finds a tile's blocks; the window is positive."""
     block = s.config.block_kv
     first = tile.history + lax.div(tile.first_packed, _i32(s.group))  # its first query's position
     end = jnp.minimum(tile.stored, tile.last + 1) if s.causal else tile.stored
     whole = jnp.minimum(tile.stored, first + 1) if s.causal else tile.stored  # seen by all
     start, plain = _i32(0), _i32(0)
     if s.window:
-        reach = jnp.where(window > 0, jnp.maximum(first - window + 1, 0), 0)
-        start = lax.div(reach, _i32(s.copy)) * s.copy
-        plain = jnp.where(window > 0, _div_up(tile.last - window + 1 - start, block), 0)
+        lowest = jnp.maximum(first - window + 1, 0)
+        start = lax.div(lowest, _i32(s.copy)) * s.copy
+        plain = _div_up(tile.last - window + 1 - start, block)
     blocks = _div_up(end - start, block)
     plain = jnp.minimum(plain, blocks)
     num_plain = jnp.maximum(lax.div(jnp.maximum(whole - start, 0), _i32(block)) - plain, 0)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paxattn.attention import schedule as plan
-from paxattn.attention.mosaic_gpu.common import LOG2E
+from paxattn.attention.mosaic_gpu.common import LOG2E, reach
 from paxattn.attention.mosaic_gpu.merge import merge
 from paxattn.attention.mosaic_gpu.portable import fold
 from paxattn.attention.mosaic_gpu.portable.ring import Job, Pools, Ring, Tile, scratch
@@ -37,7 +37,7 @@ def attend_units(
     stored: jax.Array | None,
     schedule: Schedule,
     layer: jax.Array,
-    window: jax.Array,
+    sliding_window: jax.Array | int | None,
     sm_scale: jax.Array,
     tile: Tile,
     num_cores: int,
@@ -54,7 +54,7 @@ def attend_units(
         stored: i32[R], tokens that can be read, from `extent.readable`.
         schedule: from `schedule_decode`, for the same `block_kv`.
         layer: i32[], in range.
-        window: i32[], sliding window in tokens, not positive: none.
+        sliding_window: i32[] (not positive: none), or None.
         sm_scale: f32[], factor on `q . k`.
         tile: what is static.
         num_cores: thread blocks.
@@ -117,7 +117,7 @@ def attend_units(
         schedule.items,
         schedule.core_items,
         stored,
-        jnp.stack([layer, positive(window)]).astype(jnp.int32),
+        jnp.stack([layer, reach(sliding_window)]),
         scale.astype(jnp.float32).reshape(1),
     )
     parts = merge(
@@ -127,8 +127,3 @@ def attend_units(
     slot = schedule.first_slots
     o = jnp.where((slot >= 0)[..., None, None], parts[0][slot], o)
     return o, jnp.where((slot >= 0)[..., None], parts[1][slot], lse)
-
-
-def positive(window: jax.Array) -> jax.Array:
-    """A window that is none as one that never ends (differences must not overflow)."""
-    return jnp.where(window > 0, window, 2**30)
