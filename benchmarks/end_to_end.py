@@ -121,7 +121,7 @@ def dense_attend(q, k, v, cache, batch, *, layer, sliding_window=None):
 
 
 @partial(jax.jit, donate_argnames=("cache",))
-def dense_decode(model, cache, tokens, lens, params, seen):
+def dense_decode(model, cache, tokens, lens, params):
     """STEPS greedy steps from ``lens`` tokens on."""
 
     def body(i, carry):
@@ -138,7 +138,7 @@ def dense_decode(model, cache, tokens, lens, params, seen):
             page_size=1,
         )
         hidden, cache = model(tokens, batch, cache, attend=dense_attend)
-        tokens, _ = sample(model.logits(hidden), params, lens * 0 + i, seen)
+        tokens, _ = sample(model.logits(hidden), params, lens * 0 + i)
         return cache, tokens, out.at[i].set(tokens)
 
     out = jnp.zeros((STEPS, BATCH), jnp.int32)
@@ -172,15 +172,14 @@ def beside_dense(rounds: int) -> list[dict]:
         start = jnp.full(BATCH, context - STEPS, jnp.int32)
         shape = (config.num_layers, BATCH, config.num_kv_heads, context, config.head_dim)
         k, v = (jax.random.normal(jax.random.key(i), shape) for i in (1, 2))
-        seen = jnp.zeros((BATCH, config.vocab_size), bool)
         first = jnp.arange(BATCH, dtype=jnp.int32)
 
-        def run_dense(k=k, v=v, first=first, start=start, seen=seen):
+        def run_dense(k=k, v=v, first=first, start=start):
             caches = jax.block_until_ready((k + 0, v + 0))
-            return timed(lambda: dense_decode(model, caches, first, start, params, seen)[2].T)
+            return timed(lambda: dense_decode(model, caches, first, start, params)[2].T)
 
-        def run_paged(k=k, v=v, first=first, start=start, seen=seen):
-            state = jax.block_until_ready(paged_state(model, k, v, first, start, params, seen))
+        def run_paged(k=k, v=v, first=first, start=start):
+            state = jax.block_until_ready(paged_state(model, k, v, first, start, params))
             steps = jnp.int32(STEPS)
             return timed(lambda: paged_decode(model, state, steps).tokens[:, :STEPS])
 
@@ -202,7 +201,7 @@ def beside_dense(rounds: int) -> list[dict]:
     return rows
 
 
-def paged_state(model, k, v, first, start, params, seen, page_size=16) -> DecodeState:
+def paged_state(model, k, v, first, start, params, page_size=16) -> DecodeState:
     """A state whose rows hold what the dense caches hold, in pages in random order."""
     context = k.shape[3]
     per_row = context // page_size
@@ -239,7 +238,7 @@ def paged_state(model, k, v, first, start, params, seen, page_size=16) -> Decode
         max_new_tokens=jnp.full(BATCH, STEPS, jnp.int32),
         stop_ids=jnp.full((BATCH, 8), -1, jnp.int32),
         sampling=jax.tree.map(lambda x: x + 0, params),
-        seen=seen | False,
+        counts=jnp.zeros((BATCH, LLAMA["vocab_size"]), jnp.int32),
         tokens=jnp.zeros((BATCH, STEPS), jnp.int32),
         logprobs=jnp.zeros((BATCH, STEPS), jnp.float32),
         use=no_use(),

@@ -129,6 +129,20 @@ def test_a_missing_page_is_hidden_not_replaced():
         np.testing.assert_allclose(got[0], want[0], atol=1e-6)
 
 
+def test_a_missing_page_far_behind_the_queries_is_hidden():
+    """Where blocks are read whole, without masks."""
+    inputs = cases.make(dataclasses.replace(RAGGED, q_lens=(12,), kv_lens=(300,)))
+    without = np.delete(inputs.block_tables, 20, axis=1)
+    without = np.pad(without, ((0, 0), (0, 1)), constant_values=len(inputs.owned))
+    less = inputs.kv_lens - np.int32(8)
+    want = cases.oracle(dataclasses.replace(inputs, block_tables=without, kv_lens=less))
+    for hole in (len(inputs.owned), -1):
+        tables = inputs.block_tables.copy()
+        tables[:, 20] = hole
+        got = run(dataclasses.replace(inputs, block_tables=tables))
+        np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("case", [DECODE, RAGGED], ids=["decode", "ragged"])
 @pytest.mark.parametrize("window", [1, 9, 0, -3])
 def test_traced_window(case, window):

@@ -30,6 +30,8 @@ class Config:
         block_kv: tokens read in one loop step for such a tile.
         wide_block_q: as `block_q`, for rows that are not causal.
         wide_block_kv: as `block_kv`, for those.
+        whole_block_kv: tokens read in one loop step where such rows see all of them. (The blocks of
+            causal rows stay as they are: sums must not depend on where a chunk begins.)
     """
 
     short_q: int = 8
@@ -38,6 +40,7 @@ class Config:
     block_kv: int = 128
     wide_block_q: int = 128
     wide_block_kv: int = 512
+    whole_block_kv: int = 2048
 
 
 def default_config(
@@ -62,7 +65,11 @@ def default_config(
     """
     tokens = 2**20 // (4 * num_rows * num_kv_heads * head_dim)
     wide = 2**19 // (num_q_heads * min(max_q_len, Config.wide_block_q))
-    return Config(short_block_kv=min(max(tokens, 64), 512), wide_block_kv=min(max(wide, 128), 512))
+    return Config(
+        short_block_kv=min(max(tokens, 64), 512),
+        wide_block_kv=min(max(wide, 128), 512),
+        whole_block_kv=min(max(wide, 128), 2048),
+    )
 
 
 def candidates(default: Config, *, short: bool) -> Iterator[Config]:
@@ -158,12 +165,12 @@ class Batch:
         return self.cu_q_lens[1:] - self.cu_q_lens[:-1]
 
     @property
-    def tile_blocks(self) -> tuple[int, int]:
-        """Queries per tile of a long row, and tokens that it reads in one loop step."""
+    def tile_blocks(self) -> tuple[int, int, int]:
+        """Of a long row: queries per tile, tokens that it reads in one loop step, seen whole."""
         config = self.config
         if self.masking.causal:
-            return config.block_q, config.block_kv
-        return config.wide_block_q, config.wide_block_kv
+            return config.block_q, config.block_kv, config.block_kv
+        return config.wide_block_q, config.wide_block_kv, config.whole_block_kv
 
     def short(self, num_tokens: int) -> bool:
         """Whether a tile per row serves: with few queries each, that fill a good part of them."""

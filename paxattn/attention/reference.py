@@ -309,6 +309,8 @@ def _tiles_forward(
     num_tokens = q.shape[0]
     block_q, ends = cut.count_tiles(batch, num_tokens)
     options = _options(batch, k_pages, batch.tile_blocks[1])
+    most = min(batch.tile_blocks[2] // k_pages.shape[3], batch.block_tables.shape[1])
+    options["whole_pages"] = max(most // options["pages"], 1) * options["pages"]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         o, lse = carry

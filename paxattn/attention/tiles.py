@@ -7,8 +7,9 @@ page a sliding window can see and ends with the longest live tile, so the work f
 stored and not what a block table could hold. The backward pass recomputes the probabilities from
 the log-sum-exp, block by block.
 
-Whatever lies in a slot that a tile may not see (page tails, other sequences' pages, pages never
-written) is replaced by zero or masked by selection before it meets arithmetic, NaN included.
+Blocks that every query of the batch of tiles sees whole can be walked first, without masks. What
+lies in a slot that a tile may not see (page tails, other sequences' pages, pages never written) is
+replaced by zero or masked by selection before it meets arithmetic, NaN included.
 
 Shapes: B tiles, C = `block_q` queries per tile, K KV heads, G query heads per KV head, D head_dim,
 S = `block_kv` tokens per block; R rows, M `max_pages_per_seq`, L layers, N pages, P `page_size`.
@@ -16,6 +17,7 @@ S = `block_kv` tokens per block; R rows, M `max_pages_per_seq`, L layers, N page
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn.page_table.inputs import INT32_MAX
 from paxattn.page_table.pages import varying_like
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -86,6 +89,18 @@ def _plan(
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:
     """`ceil(a / b)`, and 0 for a negative `a`."""
     return jnp.maximum(a + b - 1, 0) // b
+
+
+def _whole(
+    tiles: Tiles, num_pages: int, page_size: int, window: jax.Array, causal: bool
+) -> jax.Array:
+    """How many of the first tokens every live query sees, i32[]; 0 under a window."""
+    seen = jnp.minimum(tiles.kv_lens, tiles.first) if causal else tiles.kv_lens
+    is_page = (tiles.block_tables >= 0) & (tiles.block_tables < num_pages)
+    missing = jnp.argmin(is_page, axis=1).astype(jnp.int32)
+    missing = jnp.where(is_page.all(axis=1), is_page.shape[1], missing)
+    seen = jnp.where(tiles.last >= 0, jnp.minimum(seen, missing * page_size), INT32_MAX)
+    return jnp.where(window > 0, 0, jnp.maximum(jnp.min(seen), 0))
 
 
 def _page_ids(tiles: Tiles, logical: jax.Array) -> jax.Array:
@@ -180,14 +195,16 @@ def _q_dot_k(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _scores(
-    q: jax.Array, k: jax.Array, seen: jax.Array, soft_cap: float | None
+    q: jax.Array, k: jax.Array, seen: jax.Array | None, soft_cap: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Masked scores f32[B, K, C * G, S], and the derivative of the soft cap (1 without one)."""
+    """Scores f32[B, K, C * G, S], masked unless all is seen; the soft cap's derivative, or 1."""
     s = _q_dot_k(q, k)
     slope = jnp.float32(1.0)
     if soft_cap is not None:
         t = jnp.tanh(s / soft_cap)
         s, slope = soft_cap * t, 1.0 - t * t
+    if seen is None:
+        return s, slope
     group = s.shape[2] // seen.shape[1]
     mask = jnp.repeat(seen, group, axis=1)[:, None]
     return jnp.where(mask, s, -jnp.inf), slope
@@ -204,8 +221,11 @@ def _walk(
     masking: Masking,
     pages: int,
     scales: tuple[jax.Array, jax.Array] | None,
+    masked: bool = True,
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
     """The walk over the pages of a batch of tiles; arguments as in `attend_tiles`.
+
+    If not `masked`, only over the first blocks, which every query sees whole.
 
     Returns:
         The number of blocks, i32[], and a function that reads block `j`: its page ids
@@ -213,12 +233,17 @@ def _walk(
     """
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     first_page, count = _plan(tiles, page_size, pages, window, masking.causal)
+    if not masked:
+        whole = _whole(tiles, num_pages, page_size, window, masking.causal)
+        count = whole // (pages * page_size)
 
     def read(j: jax.Array) -> tuple[jax.Array, ...]:
         logical = first_page[:, None] + j * pages + jnp.arange(pages, dtype=jnp.int32)
         ids = _page_ids(tiles, logical)
-        is_page = (ids >= 0) & (ids < num_pages)
-        held, seen = _visible(tiles, is_page, logical * page_size, page_size, window, masking)
+        held, seen = jnp.full(ids.shape, page_size, jnp.int32), None
+        if masked:
+            is_page = (ids >= 0) & (ids < num_pages)
+            held, seen = _visible(tiles, is_page, logical * page_size, page_size, window, masking)
         k_scales, v_scales = (None, None) if scales is None else scales
         k = _load(k_pages, k_scales, layer, ids, held)
         v = _load(v_pages, v_scales, layer, ids, held)
@@ -252,6 +277,7 @@ def attend_tiles(
     masking: Masking,
     pages: int,
     scales: tuple[jax.Array, jax.Array] | None,
+    whole_pages: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from a batch of query tiles to the pages of their sequences.
 
@@ -265,6 +291,8 @@ def attend_tiles(
         masking: the static part of the mask.
         pages: pages per block.
         scales: of quantised K and V, [L, N, K, P] each, or None.
+        whole_pages: pages per block of those that every live query sees whole, a multiple of
+            `pages`; 0: they are masked like the others (a second loop has to pay: many queries).
 
     Returns:
         `o` f32[B, C, K * G, D] and `lse` f32[B, C, K * G]: partial results that merge with others
@@ -273,12 +301,12 @@ def attend_tiles(
     num_kv_heads, _, head_dim = k_pages.shape[2:]
     block_q = q.shape[1]
     q = _by_kv_head(q, num_kv_heads)
-    count, read = _walk(
-        q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking, pages=pages,
+    walk = functools.partial(
+        _walk, q, k_pages, v_pages, tiles, layer=layer, window=window, masking=masking,
         scales=scales,
     )  # fmt: skip
 
-    def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(read: Callable, j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         m, total, acc = carry
         _, _, v, s, _ = read(j)
         m_new = jnp.maximum(m, s.max(axis=-1))
@@ -294,8 +322,14 @@ def attend_tiles(
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, head_dim), jnp.float32),
     )
-    init = jax.tree.map(lambda x: varying_like(x, q), init)
-    m, total, acc = lax.fori_loop(0, count, step, init)
+    sums = jax.tree.map(lambda x: varying_like(x, q), init)
+    done: jax.Array | int = 0
+    if whole_pages:
+        count, read = walk(pages=whole_pages, masked=False)
+        sums = lax.fori_loop(0, count, functools.partial(step, read), sums)
+        done = count * (whole_pages // pages)
+    count, read = walk(pages=pages)
+    m, total, acc = lax.fori_loop(done, count, functools.partial(step, read), sums)
     nothing = total == 0.0
     total = jnp.where(nothing, 1.0, total)
     lse = jnp.where(nothing, -jnp.inf, m + jnp.log(total))
