@@ -87,11 +87,11 @@ def call(
     )
 
 
-def grid():
+def grid(page_sizes=support.PAGE_SIZES):
     """What of the full grid the kernels serve, 16-bit and of short rows (0.1 s per block)."""
     served = {}
     for case in cases.full_grid():
-        if case.head_dim in HEAD_DIMS and case.page_size in support.PAGE_SIZES:
+        if case.head_dim in HEAD_DIMS and case.page_size in page_sizes:
             few = [i for i, n in enumerate(case.kv_lens) if n <= 1100][:5]
             case = dataclasses.replace(
                 case,

@@ -13,7 +13,7 @@ from attention_cases import Case
 from gpu_interpreter import check, interpreted
 
 from paxattn.attention import checks
-from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles, prefill_work
+from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles, prefill_work, support
 from paxattn.attention.mosaic_gpu.prefill_config import TILE, Config
 
 run = functools.partial(gpu_interpreter.run, short=0)
@@ -53,22 +53,10 @@ def test_matches_oracle_and_reads_no_poison(case):
     check(inputs, run(cases.poison(inputs)))
 
 
-def grid():
-    """What of the full grid this kernel serves, in 16 bits; long sequences take minutes."""
-    seen = set()
-    for case in cases.full_grid():
-        if case.dtype == "float32":
-            case = dataclasses.replace(case, dtype="bfloat16")
-        few = [i for i, n in enumerate(case.kv_lens) if n <= 1100][:4]
-        case = dataclasses.replace(
-            case,
-            q_lens=tuple(case.q_lens[i] for i in few),
-            kv_lens=tuple(case.kv_lens[i] for i in few),
-            sinks=False,
-        )
-        if not declined(case) and case not in seen:
-            seen.add(case)
-            yield case
+GRID = dict.fromkeys(
+    dataclasses.replace(case, sinks=False)
+    for case in gpu_interpreter.grid((*support.PAGE_SIZES, 256))
+)
 
 
 def request(case):
@@ -86,7 +74,7 @@ def declined(case):
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(grid()), ids=str)
+@pytest.mark.parametrize("case", GRID, ids=str)
 def test_whole_grid(case):
     inputs = cases.make(case)
     check(inputs, run(cases.poison(inputs), ctas=3))
