@@ -1,6 +1,9 @@
 """Settings that must be made before jax starts."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 # Pallas' GPU interpreter runs every thread of a thread block as a task of the CPU client's pool,
@@ -15,3 +18,11 @@ if "XLA_FLAGS" not in os.environ:
     if version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")  # later versions have no other emitter
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+# What takes long to compile is compiled once for all processes: those of pytest-xdist, which begin
+# with this environment, and those that tests start, which leave the user's own cache alone.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="paxattn-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

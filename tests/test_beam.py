@@ -10,7 +10,7 @@ from make_fixtures import FIXTURES
 from paxattn import generate, load
 from paxattn.sampling import SamplingParams
 
-QUICK = [*((NAMES[0], k) for k in (2, 4, 8)), *((name, 4) for name in NAMES[1:3])]
+QUICK = list(zip(NAMES, (4, 2, 8), strict=False))
 SHAPE = {"page_size": 8, "max_new_tokens": NEW_TOKENS, "stop_token_ids": STOP_IDS}
 
 

@@ -426,14 +426,14 @@ def tokens_of(completions):
     return [completion.tokens for completion in completions]
 
 
-@through("gemma3")
+@through("gpt_oss")
 def test_generate(loaded):
     model, prompts, tokens = loaded
     out = generate(model, prompts, page_size=8, max_new_tokens=20)
     assert tokens_of(out.completions) == tokens
 
 
-@through("gpt_oss")
+@through()
 def test_engine(loaded):
     """Prompts in chunks of 8 beside decoding, all of it padded."""
     model, prompts, tokens = loaded

@@ -100,6 +100,7 @@ def readme_blocks(language):
     return blocks((ROOT / "README.md").read_text(), language)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("index", range(len(readme_blocks("python"))))
 def test_readme_code_runs(index, capsys):
     exec(compile(readme_blocks("python")[index], f"README.md block {index}", "exec"), {})

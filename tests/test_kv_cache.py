@@ -138,13 +138,19 @@ def test_move_slots_reads_before_it_writes():
 
 
 def test_scrub_zeroes_what_a_release_gave_back():
-    table = page_table.init_page_table(num_pages=N, page_size=P, max_seqs=2, max_pages_per_seq=3)
-    lens = jnp.array([5, 9], jnp.int32)
-    table, ok, _ = page_table.reserve(table, lens, max_new_pages=3)
-    table, _ = page_table.append(table, lens)
-    assert ok.all()
-    own = set(np.asarray(table.block_tables[1, :3]).tolist())
-    freed = page_table.release(table, jnp.array([False, True]))
+    @jax.jit
+    def tables():
+        sizes = dict(num_pages=N, page_size=P, max_seqs=2, max_pages_per_seq=3)
+        lens = jnp.array([5, 9], jnp.int32)
+        table, ok, _ = page_table.reserve(
+            page_table.init_page_table(**sizes), lens, max_new_pages=3
+        )
+        table, _ = page_table.append(table, lens)
+        return table, ok, page_table.release(table, jnp.array([False, True]))
+
+    table, ok, freed = tables()
+    assert np.asarray(ok).all()
+    own = set(np.asarray(table.block_tables)[1, :3].tolist())
     cache = jax.jit(kv_cache.scrub)(filled(3.0), freed.free_pages, table.num_free, freed.num_free)
     for page in range(N):
         expected = 0.0 if page in own else 3.0

@@ -119,7 +119,7 @@ def test_plan_never_asks_for_more_pages_than_slots_can_number():
 
 # The promise, measured on the allocator rather than by formula.
 
-MAX_LEN, PAGE_SIZE, MAX_REQUESTS = 2048, 16, 200
+MAX_LEN, PAGE_SIZE = 2048, 16
 
 
 def lengths(rng, shape):
@@ -152,29 +152,27 @@ def measure(table, draws):
 
 
 def test_pages_use_what_they_hold_where_reservations_use_a_quarter():
-    table = pt.init_page_table(
-        num_pages=MAX_REQUESTS * MAX_LEN // PAGE_SIZE,
-        page_size=PAGE_SIZE,
-        max_seqs=MAX_REQUESTS,
-        max_pages_per_seq=MAX_LEN // PAGE_SIZE,
-    )
     rng = np.random.default_rng(0)
-    requests = np.repeat([10, 50, 100, 200], [240, 80, 60, 40])
-    draws = np.where(
-        np.arange(MAX_REQUESTS) < requests[:, None], lengths(rng, (420, MAX_REQUESTS)), 0
-    )
-    _, (used, ok, num_free) = jax.device_get(measure(table, draws))
-    assert ok.all()
-    assert (num_free == table.num_pages).all()
-    assert (used.tokens_stored == draws.sum(axis=1)).all()
-    assert (used.tokens_shared == 0).all()
-    for n in (10, 50, 100, 200):
-        mine = requests == n
-        stored = used.tokens_stored[mine].mean()
-        naive = stored / (n * MAX_LEN)
-        paged = stored / used.slots_in_rows[mine].mean()
-        assert naive == pytest.approx(0.244, abs=0.01)
-        assert paged >= 0.984, (n, paged)
+    for rows, draws_of in ((10, {10: 240}), (200, {50: 48, 100: 24, 200: 12})):
+        width = MAX_LEN // PAGE_SIZE
+        table = pt.init_page_table(
+            num_pages=rows * width, page_size=PAGE_SIZE, max_seqs=rows, max_pages_per_seq=width
+        )
+        requests = np.repeat(list(draws_of), list(draws_of.values()))
+        draws = lengths(rng, (len(requests), rows))
+        draws = np.where(np.arange(rows) < requests[:, None], draws, 0)
+        _, (used, ok, num_free) = jax.device_get(measure(table, draws))
+        assert ok.all()
+        assert (num_free == rows * width).all()
+        assert (used.tokens_stored == draws.sum(axis=1)).all()
+        assert (used.tokens_shared == 0).all()
+        for n in draws_of:
+            mine = requests == n
+            stored = used.tokens_stored[mine].mean()
+            naive = stored / (n * MAX_LEN)
+            paged = stored / used.slots_in_rows[mine].mean()
+            assert naive == pytest.approx(0.244, abs=0.01)
+            assert paged >= 0.984, (n, paged)
     # A hundred requests that reserve what they might need waste about 75 GB.
     wasted = (100 * MAX_LEN - used.tokens_stored[requests == 100]).mean() * MB // 2
     assert wasted / GB == pytest.approx(75, abs=2)

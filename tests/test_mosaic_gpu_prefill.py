@@ -198,22 +198,19 @@ def test_a_walk_visits_what_is_seen_and_masks_where_it_must(causal, page_size, h
 # Tiles.
 
 
-def cut(q_lens, kv_lens, *, group=3, heads=2, chosen=None, tokens=None, **options):
+def cut(q_lens, kv_lens, *, group=3, heads=2, chosen=None, tokens=None, window=None, **options):
     q_lens, kv_lens = np.asarray(q_lens), np.asarray(kv_lens)
     cu = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
-    options = (
-        dict(window=None, causal=True, token_bytes=512, num_pages=1000, min_packed=1) | options
-    )
-    tiles = prefill_tiles.cut(
+    sizes = dict(
+        causal=True, token_bytes=512, num_pages=1000, min_packed=1, page_size=16, group=group,
+        num_kv_heads=heads, num_tokens=int(q_lens.sum()) if tokens is None else tokens,
+    )  # fmt: skip
+    tiles = jax.jit(functools.partial(prefill_tiles.cut, **(sizes | options)))(
         block_tables=jnp.zeros((len(q_lens), 3000 // 16), jnp.int32),
         kv_lens=jnp.asarray(kv_lens, jnp.int32),
         cu_q_lens=cu,
         chosen=jnp.ones(len(q_lens), bool) if chosen is None else jnp.asarray(chosen),
-        num_tokens=int(q_lens.sum()) if tokens is None else tokens,
-        group=group,
-        num_kv_heads=heads,
-        page_size=16,
-        **options,
+        window=window,
     )
     return tiles, cu
 

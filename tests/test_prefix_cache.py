@@ -20,8 +20,11 @@ from paxattn.prefix_cache import chains, steps
 
 N, P, R, M = 12, 4, 4, 5  # the shapes that most tests share, so that steps compile once
 L = M * P
+MANY = pc.SIBLINGS + pc.EVICTION_SHARE  # pages, where many are needed
 
-MATCH, ADMIT, INSERT, EVICT = map(jax.jit, (pc.match, pc.admit, pc.insert, pc.evict))
+MATCH, ADMIT, INSERT, EVICT, CLEAR = map(
+    jax.jit, (pc.match, pc.admit, pc.insert, pc.evict, pc.clear)
+)
 RESERVE = jax.jit(pc.reserve, static_argnames="max_new_pages")
 PLAIN_RESERVE = jax.jit(pt.reserve, static_argnames="max_new_pages")
 APPEND, RELEASE, TRUNCATE, RETAIN = map(jax.jit, (pt.append, pt.release, pt.truncate, pt.retain))
@@ -244,7 +247,7 @@ def test_a_page_that_goes_on_with_some_of_the_tokens_is_a_partial_hit():
 
 
 def test_partial_hits_are_looked_for_among_the_latest_full_pages_among_all():
-    host = Host(num_pages=pc.SIBLINGS + pc.EVICTION_SHARE)
+    host = Host(num_pages=MANY)
     for i in range(pc.SIBLINGS + 1):
         host.put([*A, 100 + i, 5, 5, 5])
     assert host.match([*A, 100, 5, 6, 6])[1] == 4
@@ -262,9 +265,9 @@ def test_padding_and_what_follows_the_prompt_mean_nothing():
         assert MATCH(host.cache, host.table, padded(A + B + C), length, 0).num_tokens == 0
     assert MATCH(host.cache, host.table, padded(A + B + C), 2**31 - 1, 0).num_tokens == 12
     # Prompts that are no multiple of a page long, and longer than a row.
-    short = pc.match(host.cache, host.table, i32(A + B[:3]), 7)
+    short = MATCH(host.cache, host.table, i32(A + B[:3]), 7)
     assert (short.pages.shape, int(short.num_tokens)) == ((2,), 6)
-    long = pc.match(host.cache, host.table, padded(A + B, L + 30), 9)
+    long = MATCH(host.cache, host.table, padded(A + B, L + 30), 9)
     assert (long.pages.shape, int(long.num_tokens)) == ((M,), 8)
 
 
@@ -425,14 +428,14 @@ def test_rows_out_of_range_have_no_effect(row):
 def test_pages_past_the_tokens_passed_are_not_remembered():
     host = Host()
     host.grow(0, 12)
-    host.cache, host.table = pc.insert(host.cache, host.table, 0, i32(A + B[:2]))
+    host.cache, host.table = INSERT(host.cache, host.table, 0, i32(A + B[:2]))
     host.check()
     assert host.cached() == {host.pages(0)[0]}
 
 
 def test_insert_rows_is_insert_for_each():
     tokens = [A + B + C, A + B + D, A + C, D]
-    hosts = Host(num_pages=16), Host(num_pages=16)
+    hosts = Host(), Host()
     for host in hosts:
         for row, text in enumerate(tokens):
             host.grow(row, len(text))
@@ -574,15 +577,16 @@ def test_reserve_evicts_only_when_short_and_only_what_is_missing():
 
 
 def test_evictions_are_amortised_over_a_share_of_the_pool():
-    host = Host(num_pages=3 * pc.EVICTION_SHARE)
+    host, share = Host(num_pages=MANY), MANY // pc.EVICTION_SHARE
+    assert share == M
     for i in range(pc.EVICTION_SHARE):
-        host.put([100 + i] * 3 * P)
+        host.put([100 + i] * L)
     assert host.table.num_free == 0
     host.reserve(1)
-    assert host.table.num_free == 2
-    assert host.stats()["pages_evicted"] == 3
+    assert host.table.num_free == share - 1
+    assert host.stats()["pages_evicted"] == share
     assert host.match([100] * L)[1] == 0
-    assert host.match([101] * L)[1] == 12
+    assert host.match([101] * L)[1] == L - 1
 
 
 def test_rows_that_cannot_be_served_evict_nothing():
@@ -658,7 +662,7 @@ def test_clear_returns_every_hold():
     host.put(A + B + C)
     host.admit(0, A + B + C)
     stats = host.stats()
-    host.cache, host.table = pc.clear(host.cache, host.table)
+    host.cache, host.table = CLEAR(host.cache, host.table)
     host.check()
     assert not host.cached()
     assert host.table.num_free == N - 3
