@@ -49,6 +49,9 @@ class _Reader:
 
     def deltas(self, state: DecodeState | SpeculativeState) -> tuple[list[Delta], np.ndarray]:
         """What is new since the last call, and which rows bool[R] a stop string must end now."""
+        # For what failed on the device, such as too large a pool: `device_get` alone may wait for
+        # ever for it (seen on CPUs with jax 0.10 and 0.12).
+        jax.block_until_ready(state)
         if isinstance(state, SpeculativeState):
             drafted, accepted = jax.device_get((state.drafted, state.accepted))
             guesses = {"drafted": int(drafted), "accepted": int(accepted)}

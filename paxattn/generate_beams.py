@@ -71,6 +71,7 @@ def generate_beams(
             logits_processor=requests.logits_processor,
             scrub=requests.scrub,
         )
+        jax.block_until_ready(status)  # raises what failed: see `generate`
         bytes_per_page = pool.cache.bytes_per_page
     finally:
         if requests.kept is not None:

@@ -112,7 +112,11 @@ class KeptPool:
             scrub: see `pool.release_rows`.
         """
         self._in_use = False
-        if pool is None or any(x.is_deleted() for x in jax.tree.leaves(pool)):
+        try:
+            jax.block_until_ready(pool)
+        except RuntimeError:  # donated to what failed, or made by it
+            pool = None
+        if pool is None:
             self.clear()
             return
         lens = np.asarray(pool.table.kv_lens)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from paxattn.kept_pool import KeptPool
 from paxattn.packing import bucket, pack_prompts
+from paxattn.page_table.inputs import INT32_MAX
 from paxattn.page_table.state import check_pool
 from paxattn.pool import Pool
 from paxattn.quantized import page_dtype_name
@@ -143,11 +144,10 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int)
     """Token ids of each prompt, checked."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, not one string: [{prompts[:40]!r}]")
-    if not isinstance(prompts, Iterable):
+    listed = plain(prompts)
+    if not isinstance(listed, Iterable):
         raise TypeError(f"{prompts=} must be a list of prompts")
-    return [
-        prompt_ids(f"prompts[{i}]", one, tokenizer, vocab) for i, one in enumerate(plain(prompts))
-    ]
+    return [prompt_ids(f"prompts[{i}]", one, tokenizer, vocab) for i, one in enumerate(listed)]
 
 
 def prompt_ids(name: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab: int) -> list[int]:
@@ -305,6 +305,12 @@ def prepare_requests(
     stop_token_ids = stop_tokens(stop_token_ids, config.vocab_size)
     num_prompts = bucket(len(ids))
     num_rows = num_prompts * num_samples
+    if num_rows * config.vocab_size > INT32_MAX:  # counts and logits, before arrays are made
+        raise ValueError(
+            f"{len(ids)} prompts with {num_samples} samples (or beams) each take {num_rows} rows, "
+            f"which with {config.vocab_size} logits each are more than an int32 counts: ask for "
+            f"{INT32_MAX // config.vocab_size} rows at most"
+        )
     total = bucket(sum(map(len, ids)), 16)
     capacity = bucket(max(new, default=0), 16)
     longest = bucket(max(map(len, ids), default=0), 16) + capacity
@@ -331,7 +337,7 @@ def prepare_requests(
         return np.pad(column, (0, num_rows - len(column)))
 
     seeded = [
-        replace(one, seed=(one.seed + j) % 2**32) if j else one
+        replace(one, seed=(int(one.seed) + j) % 2**32) if j else one
         for one in params
         for j in range(num_samples)
     ]

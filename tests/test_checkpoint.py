@@ -194,6 +194,7 @@ def test_a_byte_order_mark_is_no_error(directory):
         (dict(hidden_size=2**31), "hidden_size=2147483648 must be a positive integer below 2**31"),
         (dict(hidden_size="32"), "hidden_size='32' must be a positive integer"),
         (dict(num_hidden_layers=0), "num_hidden_layers=0 must be a positive integer"),
+        (dict(num_hidden_layers=2**21), "num_hidden_layers=2097152 must be at most 1048576"),
         (dict(vocab_size=True), "vocab_size=True must be a positive integer"),
         (dict(rms_norm_eps=None), "'rms_norm_eps' is missing"),
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan must be a positive number"),
@@ -603,3 +604,26 @@ def test_hub(monkeypatch, tmp_path):
 
 def test_bundled_is_in_the_package():
     assert bundled().parent.parent.name == "paxattn"
+
+
+def test_a_sliding_window_that_is_not_said():
+    """As in transformers: 4,096 tokens where it is in use, and none of these fields where not."""
+    for fields in (QWEN2, QWEN3):
+        used = dict(use_sliding_window=True, max_window_layers=1)
+        assert config_from_dict(fields | used).windows == (0, 4096)
+        assert config_from_dict(fields | used | dict(sliding_window=None)).windows == ()
+        unused = dict(use_sliding_window=False, max_window_layers=-1, sliding_window=0)
+        assert config_from_dict(fields | unused).windows == ()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (np.ones((64, 32), ml_dtypes.float8_e4m3fn), "tensor lm_head.weight is F8_E4M3; supported"),
+        (np.ones((65, 32), np.float16), "lm_head.weight has shape (65, 32), but config.json asks"),
+    ],
+)
+def test_an_unsuitable_head_beside_a_tied_embedding(directory, head, message):
+    edit_tensors(directory, replace_tensor("lm_head.weight", head))
+    with fails(message):
+        load(directory)

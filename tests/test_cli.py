@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from click.testing import CliRunner
+from flax import nnx
 
 from paxattn import cli, display
 from paxattn.cli.plan import Bytes
@@ -343,3 +345,24 @@ def test_a_damaged_checkpoint(tmp_path, monkeypatch, capfd):
         "generate", "-p", "x", "-m", str(tmp_path), monkeypatch=monkeypatch, capfd=capfd
     )
     assert "gpt9" in err
+
+
+def test_bytes_of_weights_are_those_of_the_model(tmp_path, monkeypatch, capfd):
+    module = sys.modules["paxattn.cli.plan"]
+    checkpoint = load(bundled())
+    leaves = jax.tree.leaves(nnx.state(checkpoint.model, nnx.Param))
+    name = leaves[0].dtype.name
+    assert module._weight_bytes(checkpoint.config, name) == sum(x.nbytes for x in leaves)
+    # Of any number of layers: shapes alone are counted.
+    fields = json.loads((bundled() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 2**20}))
+    command = ("plan", "--model", str(tmp_path), "--memory", "1GB")
+    code, _, err = in_process(*command, monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, "leaves nothing of memory_bytes=1000000000" in err) == (1, True), err
+
+
+def test_too_many_samples_are_no_traceback(monkeypatch, capfd):
+    command = ("generate", "-p", "x", "--num-samples", "1000000000000")
+    code, _, err = in_process(*command, monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "more than an int32 counts" in err

@@ -461,3 +461,23 @@ def test_two_beams(loaded):
         prompt, beam = divmod(i, 2)
         expected = known["tokens"][prompt, beam][: known["lens"][prompt, beam]]
         assert completion.tokens == expected.tolist()
+
+
+def test_padding_between_tokens_gives_zeros():
+    """Also where a tile is larger than all rows together, and computes more than was asked."""
+    rng = np.random.default_rng(0)
+    experts = Experts(num_experts=2, per_token=2)
+    shapes = ((1, 2, 6, 2, 8), (1, 2, 8, 6), (2, 6, 2), (2, 8), (3, 8), (3, 2))
+    gate_up, down, gate_up_bias, down_bias, x, logits = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes
+    )
+    out = mix_experts(
+        x,
+        logits,
+        jnp.array([True, False, True]),
+        dict(expert_gate_up=gate_up, expert_down=down),
+        dict(expert_gate_up_bias=gate_up_bias, expert_down_bias=down_bias),
+        jnp.int32(0),
+        experts,
+    )
+    assert np.asarray(out).any(axis=1).tolist() == [True, False, True]

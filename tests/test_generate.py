@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_steps import teacher_forced
+from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from paxattn import loops, page_table
@@ -552,3 +553,36 @@ def test_loops_trace_with_64_bit_numbers_enabled(options):
 def test_any_number_of_steps_per_read(greedy):
     deltas = list(stream(MODEL, PROMPTS, steps_per_read=2**40, **SHAPE))
     assert [d.tokens for d in deltas if d.tokens] == tokens_of(greedy)
+
+
+@pytest.mark.parametrize("seed", [np.uint8(255), np.int32(7), np.uint32(2**32 - 1)])
+def test_seeds_of_samples_do_not_wrap_in_their_dtype(seed):
+    sampling = SamplingParams(temperature=1.0, seed=seed)
+    requests = prepare_requests(MODEL, [[1]], max_new_tokens=1, sampling=sampling, num_samples=3)
+    wanted = [(int(seed) + j) % 2**32 for j in range(3)]
+    assert np.asarray(requests.sampling.seed).tolist() == wanted
+
+
+def test_more_rows_than_can_be_counted():
+    message = (
+        "1 prompts with 1000000000 samples (or beams) each take 1000000000 rows, which with 257"
+    )
+    for options in (dict(num_samples=10**9), dict(num_beams=10**9)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generate(MODEL, [[1]], max_new_tokens=1, **options)
+    with pytest.raises(TypeError, match="must be a list of prompts"):
+        generate(MODEL, np.array(3), max_new_tokens=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_what_fails_on_the_device_is_raised(options):
+    """A pool of terabytes. (To read an array of what failed may never return.)"""
+    model = Decoder(tiny_config(vocab_size=V, max_positions=8), rngs=nnx.Rngs(0))
+    shape = {"max_new_tokens": 1, "num_pages": 10**8, "page_size": 20, "prefix_cache": False}
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            generate(model, [[1]], **shape, **options)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -1022,3 +1022,15 @@ def test_no_step_copies_the_pool(step, times):
     copies = [x for x in program.splitlines() if " copy(" in x and x.split()[2].startswith("s32[")]
     large = [x for x in copies if f"s32[{pages}]" in x or f"s32[{R},64]" in x]
     assert not large
+
+
+def test_python_integers_beyond_32_bits_are_named():
+    """Lists and numbers, not arrays: refused rather than cut."""
+    table = empty()
+    for call in (
+        lambda: pt.reserve(table, [2**32 + 1] * R),
+        lambda: pt.truncate(table, [2**70] * R),
+        lambda: pt.adopt(table, 2**32, i32([0]), 0),
+    ):
+        with pytest.raises(ValueError, match=r"must be integers \(of 32 bits\), got .*[0-9]"):
+            call()

@@ -14,7 +14,6 @@ from paxattn.cli.doctor import doctor
 from paxattn.cli.generate import generate
 from paxattn.cli.plan import plan
 from paxattn.cli.serve import serve
-from paxattn.models import CheckpointError
 
 
 def main() -> None:
@@ -36,12 +35,12 @@ def main() -> None:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f" (see {error.ctx.command_path} --help)"
         _fail(f"{error.format_message()}{hint}", error.exit_code)
-    except (CheckpointError, ValueError, TypeError, OSError, RuntimeError, OverflowError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, OverflowError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):
             # Whoever read our output has enough. Python flushes stdout at exit: give it a sink.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        _fail(str(error), 1)
+        _fail(str(error) or type(error).__name__, 1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
-import jax
-from flax import nnx
+import jax.numpy as jnp
 
 from paxattn.cli.common import DTYPES, devices, kv_dtype_option, not_empty, page_size_option
 from paxattn.display import show_plan
 from paxattn.memory import plan as memory_plan
-from paxattn.models import Decoder, DecoderConfig
+from paxattn.models import DecoderConfig
 from paxattn.models.config import read_config
+from paxattn.models.weights import expert_shapes, kernel_shapes, model_shapes, vector_shapes
 from paxattn.quantized import page_dtype_name
 
 
@@ -128,6 +129,7 @@ def plan(
 
 def _weight_bytes(config: DecoderConfig, dtype: str) -> int:
     """Bytes of a model's weights, from its shapes alone."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, stacked=True))
-    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    in_layer = kernel_shapes(config) | expert_shapes(config) | vector_shapes(config)
+    elements = config.num_layers * sum(map(math.prod, in_layer.values()))
+    elements += sum(map(math.prod, model_shapes(config).values()))
+    return elements * jnp.dtype(dtype).itemsize

@@ -95,12 +95,12 @@ def read_model(
         for name, shape in in_layer.items():
             shapes |= names.tensors(name, layer, shape)
     embed, head = (names.files(name, None)[0] for name in ("embed", "head"))
-    ignored = [name for name in files.shapes if names.ignored(name)]
+    files.forget([name for name in files.shapes if names.ignored(name)])
     if config.tie_embeddings and head in files.shapes:
+        files.check(shapes | {head: shapes[embed]})
         _check_tied(files, head, embed)
-        ignored.append(head)
-    files.forget(ignored)
-    files.check(shapes)
+    else:
+        files.check(shapes)
     target = _weight_dtype(dtype, config.dtype or files.dtype(embed))
     total, done = sum(map(files.size, shapes)), 0
     offset = np.float32(FAMILIES[config.family].norm_offset)
@@ -211,7 +211,7 @@ def _convert(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 def _check_tied(files: TensorFiles, head: str, embed: str) -> None:
     """A tied model's head, where one is stored too, must be the embedding."""
-    if embed in files.shapes and not np.array_equal(files.read(head), files.read(embed)):
+    if not np.array_equal(files.read(head), files.read(embed)):
         raise CheckpointError(
             f"{files.directory}: config.json says tie_word_embeddings, but {head} differs from "
             f"{embed}; set tie_word_embeddings to false there to use both"

@@ -20,6 +20,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MOST_LAYERS = 2**20  # far beyond any model; so many can still be listed one by one
 # What a model of several parts says of all of them.
 _OF_ALL_PARTS = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
 
@@ -45,6 +46,8 @@ def config_from_dict(fields: Mapping[str, Any], where: str = "config.json") -> D
             value = short(read.fields[key])
             raise read.fail(f"{key}={value} is not supported, only {allowed[0]!r}")
     num_layers, num_heads = read.size("num_hidden_layers"), read.size("num_attention_heads")
+    if num_layers > _MOST_LAYERS:
+        raise read.fail(f"num_hidden_layers={num_layers} must be at most {_MOST_LAYERS}")
     hidden_size = read.size("hidden_size")
     head_dim = read.fields.get("head_dim")
     if head_dim is None and hidden_size % num_heads:

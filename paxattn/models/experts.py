@@ -70,10 +70,10 @@ def mix_experts(
     counts = rank[-1]
     starts = jnp.cumsum(counts) - counts
     places = jnp.sum(jnp.where(goes, starts + rank - 1, 0), axis=1)
-    places = jnp.where(jnp.any(goes, axis=1), places, 2 * rows)  # padding: nowhere
 
     # As many rows to a tile as an expert has on average, in eights.
     tile = min(_LARGEST_TILE, -(-rows // (num_experts * _LEAST_TILE)) * _LEAST_TILE)
+    places = jnp.where(jnp.any(goes, axis=1), places, rows + tile)  # padding: nowhere
     tiles = -(-counts // tile)
     tile_ends = jnp.cumsum(tiles)
     tokens = jnp.zeros(rows + tile, jnp.int32)

@@ -91,7 +91,9 @@ def _all_slide(read: Fields, num_layers: int) -> Sliding:
 
 
 def _upper_slide(read: Fields, num_layers: int) -> Sliding:
-    window = _window(read) if read.flag("use_sliding_window") else None
+    if not read.flag("use_sliding_window"):
+        return _none_slides(read, num_layers)
+    window = _window(read)
     first = read.size("max_window_layers", 28) if read.fields.get("max_window_layers") != 0 else 0
     return window, [window is not None and layer >= first for layer in range(num_layers)]
 
@@ -192,13 +194,13 @@ FAMILIES = {
         architecture="Qwen2ForCausalLM",
         options=_qwen2,
         sliding=_upper_slide,
-        defaults=dict(num_key_value_heads=32),
+        defaults=dict(num_key_value_heads=32, sliding_window=4096),
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         options=_qwen3,
         sliding=_upper_slide,
-        defaults=dict(head_dim=128, num_key_value_heads=32),
+        defaults=dict(head_dim=128, num_key_value_heads=32, sliding_window=4096),
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",

@@ -22,7 +22,7 @@ def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> A
     if isinstance(value, Array | np.ndarray | np.integer) and value.dtype in (np.int64, np.uint64):
         # Numbers that are out of range stay so: their low 32 bits might not be.
         value = value.clip(max(np.iinfo(value.dtype).min, -INT32_MAX - 1), INT32_MAX)
-    array = _as_array(name, value, "integers")
+    array = _as_array(name, value, "integers (of 32 bits)")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {array.dtype}")
     if array.ndim != 1 if shape is None else array.shape != shape:
@@ -34,7 +34,7 @@ def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> A
 def _as_array(name: str, value: ArrayLike, what: str) -> Array:
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be {what}, got {value!r}") from None
 
 

@@ -51,13 +51,13 @@ def after_reads(table: PageTable, mask: Array) -> Array:
 def running_sum(x: Array) -> Array:
     """Inclusive cumulative sum of i32[K], exact.
 
-    `jnp.cumsum` becomes a dozen kernels on a CPU, several microseconds; sums over blocks fuse.
+    `jnp.cumsum` becomes a dozen kernels on a CPU, several microseconds; sums over pieces fuse.
     """
     width = 16
     if x.size <= width:
         return jnp.sum(jnp.where(jnp.tri(x.size, dtype=bool), x, 0), axis=1, dtype=jnp.int32)
-    blocks = jnp.pad(x, (0, -x.size % width)).reshape(-1, width)
-    inner = jnp.where(jnp.tri(width, dtype=bool), blocks[:, None, :], 0)
+    pieces = jnp.pad(x, (0, -x.size % width)).reshape(-1, width)
+    inner = jnp.where(jnp.tri(width, dtype=bool), pieces[:, None, :], 0)
     inner = jnp.sum(inner, axis=-1, dtype=jnp.int32)
     ends = running_sum(inner[:, -1])
     return (inner + (ends - inner[:, -1])[:, None]).reshape(-1)[: x.size]

@@ -88,7 +88,7 @@ def check_invariants(table: PageTable, held_elsewhere: ArrayLike | None = None) 
     Raises:
       InvariantError: naming what is wrong, with counts.
     """
-    blocks, lens, refs, stack, num_free = (np.asarray(x) for x in jax.device_get(leaves(table)))
+    tables, lens, refs, stack, num_free = (np.asarray(x) for x in jax.device_get(leaves(table)))
     num_pages, page_size = table.num_pages, table.page_size
     elsewhere = np.zeros(num_pages, np.int64)
     if held_elsewhere is not None:
@@ -100,8 +100,8 @@ def check_invariants(table: PageTable, held_elsewhere: ArrayLike | None = None) 
             raise InvariantError(f"{what}: {len(where)} wrong, first at {where[0].tolist()}")
 
     for name, x, shape in (
-        ("block_tables", blocks, blocks.shape[-2:]),
-        ("kv_lens", lens, blocks.shape[-2:-1]),
+        ("block_tables", tables, tables.shape[-2:]),
+        ("kv_lens", lens, tables.shape[-2:-1]),
         ("ref_counts", refs, (num_pages,)),
         ("free_pages", stack, (num_pages,)),
         ("num_free", num_free, ()),
@@ -109,8 +109,8 @@ def check_invariants(table: PageTable, held_elsewhere: ArrayLike | None = None) 
     ):
         if x.shape != shape:
             raise InvariantError(f"{name} has shape {x.shape}, expected {shape}")
-    need((blocks >= 0) & (blocks <= num_pages), f"block_tables entries outside 0..{num_pages}")
-    held = blocks < num_pages
+    need((tables >= 0) & (tables <= num_pages), f"block_tables entries outside 0..{num_pages}")
+    held = tables < num_pages
     need(lens >= 0, "negative kv_lens")
     # What was discarded comes before the page with the last token.
     last = np.maximum(-(-lens // page_size) - 1, 0)
@@ -120,7 +120,7 @@ def check_invariants(table: PageTable, held_elsewhere: ArrayLike | None = None) 
     before, after = entry[:-1] < last[:, None], entry[1:] > last[:, None]
     need(~(held[:, :-1] & before) | held[:, 1:], "unused entries of block_tables between pages")
     need(held[:, :-1] | ~(held[:, 1:] & after), "pages after an unused entry of block_tables")
-    holders = np.bincount(blocks[held], minlength=num_pages) + elsewhere
+    holders = np.bincount(tables[held], minlength=num_pages) + elsewhere
     wrong = np.flatnonzero(refs != holders)
     if wrong.size:
         page = wrong[0]
