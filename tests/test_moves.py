@@ -15,6 +15,7 @@ import pytest
 import test_serving as serving
 from flax import nnx
 from safetensors.numpy import save_file
+from tiny import committed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -98,6 +99,7 @@ def test_another_engine_goes_on(undisturbed, tmp_path):
 
     other = new_engine()
     before = other.restore(path)
+    other._state = committed(other._state)
     # What was told before is told again, of those that had not ended, in one piece each.
     ended = {delta.index for delta in told if delta.finish_reason}
     assert put_together(before) == put_together([d for d in told if d.index not in ended])
@@ -250,7 +252,7 @@ def test_small_floats_are_saved_bit_by_bit(tmp_path):
 
 def offloading(state, tokens):
     policy = dataclasses.replace(state.policy, offload_from=jnp.int32(tokens))
-    return dataclasses.replace(state, policy=policy)
+    return committed(dataclasses.replace(state, policy=policy))
 
 
 def run_blocks(state, asked, host, num_pages):

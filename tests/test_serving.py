@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_steps import teacher_forced
-from tiny import tiny_config
+from tiny import committed, tiny_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -49,7 +49,7 @@ def new_state(num_pages=PAGES, budget=8, watermark=0, remember=True, model=MODEL
         state.policy, token_budget=jnp.int32(budget), watermark=jnp.int32(watermark)
     )
     pool = dataclasses.replace(state.pool, table=table)
-    return dataclasses.replace(state, pool=pool, policy=policy)
+    return committed(dataclasses.replace(state, pool=pool, policy=policy))
 
 
 PLAIN = {"logits_processor": None, "scrub": False}
