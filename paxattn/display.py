@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
@@ -96,6 +97,15 @@ class Report:
         return tokens, self.reads[-1][0] - self.reads[1][0] if tokens else 0.0
 
 
+@contextlib.contextmanager
+def working(log: Console, what: str) -> Iterator[None]:
+    """Tells that something takes long: as long as it does, or off a terminal with a line."""
+    if not log.is_terminal:
+        log.print(f"{what}; new sizes take up to a minute", soft_wrap=True)
+    with log.status(what):
+        yield
+
+
 def show_plain(running: Stream | Search, texts: list[str], report: Report, log: Console) -> None:
     """Completions in order of the prompts, each streamed as soon as those before it are done."""
     waiting: list[list[str]] = [[] for _ in texts]
@@ -105,7 +115,7 @@ def show_plain(running: Stream | Search, texts: list[str], report: Report, log: 
     def begin(i: int) -> None:
         click.echo(f"=== {i + 1}: {texts[i]}" if several else texts[i], nl=several)
 
-    with log.status("compiling and reading the prompts"):
+    with working(log, "compiling and reading the prompts"):
         news = iter(running)
         first = next(news)
     begin(0)
@@ -143,11 +153,12 @@ def show_live(running: Stream | Search, texts: list[str], report: Report, log: C
             )
         )
 
-    with log.status("compiling and reading the prompts"):
+    with working(log, "compiling and reading the prompts"):
         news = iter(running)
         first = next(news)
-    room = max(3, (console.height - 2) // len(texts) - 3)
-    with Live(console=console, transient=True, auto_refresh=False) as live:
+    room = max(1, console.height // len(texts) - 4)
+    live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="crop")
+    with live:
         shown = 0.0
         for delta in itertools.chain([first], news):
             report.add(delta.index, len(delta.tokens), delta.finish_reason)

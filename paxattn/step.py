@@ -8,6 +8,7 @@ for which no page is left is reported and left as it was, and the others go on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Protocol
 
 import jax
@@ -35,6 +36,9 @@ from paxattn.tree import Tree
 class LanguageModel(Protocol):
     """What a step needs of a model; `paxattn.models.Decoder` is one, yours may be another.
 
+    `generate`, `Engine` and `KeptPool` need its ``config`` too, with ``vocab_size`` and
+    ``max_positions`` (tokens of a sequence at most).
+
     If all its layers have a sliding window, and it says so in ``config.windows`` (tokens, for each
     layer), rows give back the pages that all of these have left behind.
     """
@@ -59,11 +63,37 @@ def check_model(name: str, model: Any) -> None:
     Raises:
         TypeError: it has not what a `LanguageModel` has.
     """
-    if not callable(model) or not hasattr(model, "init_cache") or not hasattr(model, "logits"):
+    parts = "init_cache", "logits", "config.vocab_size", "config.max_positions"
+    missing = [] if callable(model) else ["__call__"]
+    for part in parts:
+        try:
+            attrgetter(part)(model)
+        except AttributeError:
+            missing.append(part)
+    if missing:
         raise TypeError(
-            f"{name} is a {type(model).__name__}: must be a Decoder, such as the .model of what "
-            "load() returns, or another step.LanguageModel"
+            f"{name} is a {type(model).__name__} without {', '.join(missing)}: must be a Decoder, "
+            "such as the .model of what load() returns, or another step.LanguageModel"
         )
+
+
+def call_model(
+    model: LanguageModel, tokens: jax.Array, batch: RaggedBatch, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Call a model, and check what it returns.
+
+    Raises:
+        TypeError: that is not hidden states ``[T, hidden]`` and the cache.
+    """
+    out = model(tokens, batch, cache)
+    if isinstance(out, tuple) and len(out) == 2 and jnp.shape(out[0])[:-1] == tokens.shape:
+        return out
+    parts = out if isinstance(out, tuple) else (out,)
+    got = ", ".join(str(getattr(part, "shape", type(part).__name__)) for part in parts)
+    raise TypeError(
+        f"{type(model).__name__}.__call__ must return the hidden states of {tokens.size} tokens, "
+        f"[{tokens.size}, hidden], and the cache; it returned {got}"
+    )
 
 
 def window_of(model: LanguageModel) -> int | None:
@@ -178,7 +208,7 @@ def run_tokens(
     batch = ragged_batch(
         table, q_lens, num_tokens=tokens.shape[0], max_q_len=max_q_len, live=live, tree=tree
     )
-    hidden, cache = model(tokens, batch, pool.cache)
+    hidden, cache = call_model(model, tokens, batch, pool.cache)
     pool = note_tokens(pool, batch.slots, tokens)
     table, _ = page_table.append(table, jnp.where(live, q_lens, 0))
     return replace(pool, table=table, cache=cache), hidden

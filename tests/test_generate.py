@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from paxattn.ngram import NGram
 from paxattn.requests import prepare_requests
 from paxattn.sampling import SamplingParams
 from paxattn.speculative import DraftModel
+from paxattn.step import call_model
 
 V = 257
 CONFIG = DecoderConfig(
@@ -500,10 +502,31 @@ CHECKPOINT = Checkpoint(
 
 @pytest.mark.parametrize("model", [CHECKPOINT, None, nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
 def test_what_is_no_model_is_said_to_be_none(model):
-    with pytest.raises(TypeError, match=r"^model is a .*: must be a Decoder, such as the \.model"):
+    with pytest.raises(TypeError, match=r"^model is a .* without .*: must be a Decoder, such as"):
         generate(model, [[1]])
-    with pytest.raises(TypeError, match=r"^draft\.model is a .*: must be a Decoder"):
+    with pytest.raises(TypeError, match=r"^draft\.model is a .* without .*: must be a Decoder"):
         generate(MODEL, [[1]], draft=DraftModel(model=model), max_new_tokens=1)
+
+
+def test_what_a_model_of_ones_own_lacks_is_named():
+    class Mine:
+        config = types.SimpleNamespace(vocab_size=7)
+        logits = init_cache = None
+
+        def __call__(self, tokens, batch, cache):
+            return self.hidden(tokens, cache)
+
+    with pytest.raises(TypeError, match=r"^model is a Mine without config.max_positions: must be"):
+        generate(Mine(), [[1]])
+    mine, tokens = Mine(), jnp.zeros(3, jnp.int32)
+    for hidden, got in (
+        (lambda tokens, cache: tokens, r"\(3,\)"),
+        (lambda tokens, cache: (tokens, cache), r"\(3,\), NoneType"),
+        (lambda tokens, cache: (jnp.zeros((2, 4)), cache), r"\(2, 4\), NoneType"),
+    ):
+        mine.hidden = hidden
+        with pytest.raises(TypeError, match=rf"Mine.__call__ must .* 3 tokens, .* returned {got}$"):
+            call_model(mine, tokens, None, None)
 
 
 @pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray])

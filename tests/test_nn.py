@@ -128,7 +128,7 @@ def test_rows_that_are_not_live_store_nothing():
 def test_rows_whose_tokens_end_beyond_the_batch_store_nothing():
     class Echo:
         def __call__(self, tokens, batch, cache):
-            return batch.slots, cache
+            return batch.slots[:, None], cache
 
     def step(q_lens):
         cache = init_kv_cache(num_layers=1, num_kv_heads=1, head_dim=2, num_pages=4, page_size=4)

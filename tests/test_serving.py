@@ -485,7 +485,12 @@ def test_blocks_are_as_long_as_fits():
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "message"),
     [
-        ([1] * 20, {"max_new_tokens": 13}, ValueError, "limited to 32 in all"),
+        (
+            [1] * 20,
+            {"max_new_tokens": 13},
+            ValueError,
+            "max_new_tokens=13 must be from 0 to 12: .* prompt has 20",
+        ),
         ([1] * 20, {"max_new_tokens": 10}, ValueError, "need 8 pages, the pool has 7"),
         ([], {}, ValueError, "^the prompt has no tokens"),
         ([V], {}, ValueError, "token id 257"),

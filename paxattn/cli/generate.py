@@ -170,7 +170,10 @@ def generate(
     """
     texts = _read_prompts(prompts, prompt_file)
     asked = {name: value for name, value in sampling.items() if value is not None}
-    SamplingParams(**asked).validate()
+    try:
+        SamplingParams(**asked).validate()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     if num_beams and (asked or num_samples > 1 or draft or stop):
         raise click.UsageError(
             "--num-beams does not go with sampling options, --num-samples, --draft or --stop"

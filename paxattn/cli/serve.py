@@ -20,7 +20,7 @@ from paxattn.cli.common import (
     page_size_option,
 )
 from paxattn.cli.plan import Bytes
-from paxattn.display import Output
+from paxattn.display import Output, working
 from paxattn.models import Checkpoint, bundled
 from paxattn.serving import Engine
 
@@ -157,7 +157,7 @@ def serve(
             chat_template=template,
             max_body_bytes=max_body,
         )
-        with log.status("compiling"):
+        with working(log, "compiling"):
             engine.warm_up()
         url = f"http://{host}:{sock.getsockname()[1]}/v1"
         log.print(

@@ -245,10 +245,12 @@ def new_request(
             sizes.
     """
     longest, most = state.requests.tokens.shape[1], state.requests.stop_ids.shape[1]
-    if not prompt or max_new_tokens < 0 or len(prompt) + max_new_tokens > longest:
+    if not prompt:
+        raise ValueError("the prompt has no tokens: a model needs at least one to start from")
+    if max_new_tokens < 0 or len(prompt) + max_new_tokens > longest:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens with {max_new_tokens=} must have at least one token "
-            f"and is limited to {longest} in all (max_tokens)"
+            f"{max_new_tokens=} must be from 0 to {longest - len(prompt)}: this server's requests "
+            f"have max_tokens={longest} in all, and the prompt has {len(prompt)}"
         )
     if len(stop_ids) > most:
         raise ValueError(f"{len(stop_ids)} tokens end the request: at most {most} (max_stop_ids)")
