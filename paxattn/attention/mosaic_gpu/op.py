@@ -84,7 +84,7 @@ def attend_batch(
         sliding_window=sliding_window, causal=causal, soft_cap=soft_cap, interpret=interpret,
     )  # fmt: skip
     if plan.long is not None:
-        long = dict(tiles=plan.long.tiles, config=plan.long.config, card=plan.card)
+        long: dict[str, Any] = dict(tiles=plan.long.tiles, config=plan.long.config, card=plan.card)
         o, lse = prefill_attention(q, k_pages, v_pages, **long, **options)
     if plan.short is not None:
         # Sinks scale the result once more: round it only after that.

@@ -90,12 +90,14 @@ def prefill_attention(
         config=config,
         interpret=interpret is not None,
     )
+    smem: Any
+    warpgroups: dict[str, Any] = {}
     if card is None:
         body, smem = prefill_kernel.kernel(s), prefill_kernel.scratch(s)
         warpgroups = dict(num_threads=prefill_kernel.CONSUMERS + 1, thread_name="wg")
     else:
         t = portable.tile(s, tiles.size, max_pages=block_tables.shape[1], tma=card.tma)
-        body, smem, warpgroups = portable.kernel(s, t), ring.scratch(t), {}
+        body, smem = portable.kernel(s, t), ring.scratch(t)
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
     packed = prefill_tiles.pack_queries(q, tiles, cu_q_lens, num_kv_heads)
