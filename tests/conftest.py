@@ -19,10 +19,11 @@ if "XLA_FLAGS" not in os.environ:
         flags.append("--xla_cpu_use_fusion_emitters=false")  # later versions have no other emitter
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
-# What takes long to compile is compiled once for all processes: those of pytest-xdist, which begin
-# with this environment, and those that tests start, which leave the user's own cache alone.
+# What takes very long to compile (to store it takes a fourteenth of that) is compiled once for all
+# processes: those of pytest-xdist, which begin with this environment, and those that tests start,
+# which leave the user's own cache alone.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.mkdtemp(prefix="paxattn-tests-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")

@@ -17,6 +17,11 @@ from paxattn.models import GenerationConfig, bundled, load
 from paxattn.sampling import SamplingParams
 
 
+@pytest.fixture(autouse=True)
+def _processes_share_what_they_compile(monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
 def run(*args, stdin=None, **env):
     return subprocess.run(
         [sys.executable, "-m", "paxattn", *args],
