@@ -13,7 +13,13 @@ from attention_cases import Case
 from gpu_interpreter import check, interpreted
 
 from paxattn.attention import checks
-from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles, prefill_work, support
+from paxattn.attention.mosaic_gpu import (
+    common,
+    prefill_config,
+    prefill_tiles,
+    prefill_work,
+    support,
+)
 from paxattn.attention.mosaic_gpu.prefill_config import TILE, Config
 
 run = functools.partial(gpu_interpreter.run, short=0)
@@ -180,7 +186,7 @@ def test_a_walk_visits_what_is_seen_and_masks_where_it_must(causal, page_size, h
         ))
     )  # fmt: skip
     walks = jax.vmap(lambda tile, w: prefill_work.walk_of(static, tile, w))(
-        tiles, jnp.asarray(window, jnp.int32)
+        tiles, jax.vmap(common.reach)(jnp.asarray(window, jnp.int32))
     )
     steps = jnp.arange(24, dtype=jnp.int32)
     order = np.asarray(jax.vmap(lambda walk: walk.block(steps))(walks))

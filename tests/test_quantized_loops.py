@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from flax import nnx
-from tiny import committed, tiny_config
+from tiny import tiny_config
 
 from paxattn import KeptPool, cli, generate
 from paxattn.models import Decoder, bundled, load
@@ -23,15 +23,13 @@ ASK = dict(max_new_tokens=12, sampling=HOT, num_samples=2)
 
 
 def engine(**options):
-    made = Engine(
+    return Engine(
         MODEL,
         num_pages=9,  # two rows may need all of them
         page_size=4, prefix_cache=False, max_seqs=3, max_requests=8, max_tokens=20, step_tokens=8,
         steps_per_read=5,
         **{"kv_dtype": "int8"} | options,
     )  # fmt: skip
-    made._state = committed(made._state)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +117,6 @@ def test_a_server_preempts_moves_and_saves_quantised_pages(alone, tmp_path):
     assert int(served._state.preemptions) > served._host_pages.moved > 0
     other = engine(offload_from=9)
     again = other.restore(tmp_path / "state")
-    other._state = committed(other._state)
     ended = {delta.index for delta in before if delta.finish_reason}
     rest = [delta for delta in before if delta.index in ended]
     for news in ([*before, *after], [*rest, *again, *other.drain()]):

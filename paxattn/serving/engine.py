@@ -19,7 +19,7 @@ from paxattn.quantized import page_dtype_name
 from paxattn.requests import Prompt, integer
 from paxattn.results import Completion, Delta, completion
 from paxattn.sampling import LogitsProcessor
-from paxattn.serving.offload import HostPages
+from paxattn.serving.offload import HostPages, settled
 from paxattn.serving.options import Prepared, RequestOptions, check_names, prepare_request
 from paxattn.serving.pace import Pace
 from paxattn.serving.places import Places
@@ -157,6 +157,7 @@ class Engine:
                 raise ValueError(f"{offload_from=} must be at least 1 token")
             policy = replace(self._state.policy, offload_from=jnp.int32(offload_from))
             self._state = replace(self._state, policy=policy)
+        self._state = settled(self._state, model)
         self._host_pages = HostPages()
         self.model, self.tokenizer = model, tokenizer
         self.num_pages, self.page_size, self.max_requests = num_pages, page_size, max_requests
@@ -357,7 +358,8 @@ class Engine:
         """
         if self.num_unfinished:
             raise RuntimeError(f"{self.num_unfinished} requests are not finished: restore() first")
-        self._state, host = load_state(path, self.model, self._state)
+        state, host = load_state(path, self.model, self._state)
+        self._state = settled(state, self.model)
         self._meter, self._next_index = Meter(), host["next_index"]
         self._pending = [Delta(**delta) for delta in host["pending"]]
         return self._places.resume(host["places"], self._state.requests, self.tokenizer)

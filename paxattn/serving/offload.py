@@ -114,6 +114,16 @@ class HostPages:
         return state
 
 
+def settled(state: ServeState, model: Any) -> ServeState:
+    """The state committed to the model's device, if that is one.
+
+    Pages that come back are, and `jax.jit` compiles anew where arguments differ in that.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+    devices = {device for array in arrays for device in array.devices()}
+    return jax.device_put(state, devices.pop()) if len(devices) == 1 else state
+
+
 def to_host(pages: jax.Array) -> jax.Array | np.ndarray:
     """An array in the host's memory."""
     kinds = {memory.kind for device in pages.devices() for memory in device.addressable_memories()}
