@@ -129,6 +129,14 @@ def test_a_missing_page_is_hidden_not_replaced():
         np.testing.assert_allclose(got[0], want[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_more_queries_than_tokens(causal):
+    """Such as of many rows that share a short prefix, which all of them see."""
+    case = dataclasses.replace(RAGGED, q_lens=(200, 3), kv_lens=(64, 3), causal=causal)
+    inputs = cases.make(dataclasses.replace(case, max_q_len=200))
+    check(inputs, run(inputs))
+
+
 def test_a_missing_page_far_behind_the_queries_is_hidden():
     """Where blocks are read whole, without masks."""
     inputs = cases.make(dataclasses.replace(RAGGED, q_lens=(12,), kv_lens=(300,)))

@@ -282,11 +282,14 @@ def nth_tile(
     start = jnp.minimum(first, num_tokens - block_q)
     token = start + jnp.arange(block_q, dtype=jnp.int32)
     before = batch.kv_lens[row] - batch.cu_q_lens[row + 1]  # position less token number
+    last = before + end - 1
+    if not batch.masking.causal:  # a query sees even a sequence that begins after it
+        last = jnp.maximum(last, 0)
     tile = Tiles(
         positions=(before + token)[None],
         live=((token >= first) & (token < end))[None],
         first=(before + first)[None],
-        last=(before + end - 1)[None],
+        last=last[None],
         block_tables=lax.dynamic_index_in_dim(batch.block_tables, row),
         kv_lens=lax.dynamic_index_in_dim(batch.kv_lens, row),
     )

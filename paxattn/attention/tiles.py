@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paxattn.page_table.inputs import INT32_MAX
 from paxattn.page_table.pages import varying_like
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -42,7 +41,8 @@ class Tiles:
         positions: i32[B, C], place of each query in its sequence.
         live: bool[B, C], False for the unused places of a tile.
         first: i32[B], lowest position of a live query.
-        last: i32[B], highest position of a live query, -1 in a tile without any.
+        last: i32[B], highest position of a live query (not causal: at least 0), -1 in a tile
+            without any.
         block_tables: i32[B, M], the pages of each tile's sequence.
         kv_lens: i32[B], tokens stored for each tile's sequence.
         ancestors: u32[B, C], for each query which tokens it sees of the up to 32 that begin at
@@ -99,7 +99,7 @@ def _whole(
     is_page = (tiles.block_tables >= 0) & (tiles.block_tables < num_pages)
     missing = jnp.argmin(is_page, axis=1).astype(jnp.int32)
     missing = jnp.where(is_page.all(axis=1), is_page.shape[1], missing)
-    seen = jnp.where(tiles.last >= 0, jnp.minimum(seen, missing * page_size), INT32_MAX)
+    seen = jnp.where(tiles.last >= 0, jnp.minimum(seen, missing * page_size), 0)
     return jnp.where(window > 0, 0, jnp.maximum(jnp.min(seen), 0))
 
 
