@@ -282,6 +282,14 @@ def test_salts_isolate_tenants_both_ways():
         assert host.match([*A[:3], 0], salt=salt) == ([], 0)  # no partial hit, either
 
 
+@pytest.mark.parametrize("salt", [2**31, -(2**31) - 1, np.int64(2**40), np.uint64(2**63)])
+def test_salts_that_an_int32_would_make_one_are_refused(salt):
+    host = Host()
+    for x64 in (False, True):
+        with jax.enable_x64(x64), pytest.raises(ValueError, match="salt"):
+            pc.match(host.cache, host.table, padded(A), 4, salt)
+
+
 def colliding_pages():
     """Two pages of tokens with the same 32 bits of hash, found by trying."""
     tokens = np.random.default_rng(0).integers(0, 50_000, (300_000, 1, P)).astype(np.int32)

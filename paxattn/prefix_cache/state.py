@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from paxattn.page_table import InvariantError, PageTable
-from paxattn.page_table.inputs import check_positive
+from paxattn.page_table.inputs import INT32_MAX, as_integers, check_positive
 from paxattn.page_table.state import check_pool
 from paxattn.prefix_cache.chains import Chains, init_chains
 
@@ -132,6 +132,18 @@ def check_sizes(cache: PrefixCache, table: PageTable) -> None:
             f"{cache.num_pages=} and {cache.page_size=} must be {table.num_pages=} and"
             f" {table.page_size=}: make both with the same sizes"
         )
+
+
+def as_salts(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Salts as i32. Larger ones are refused where they can be seen: cut off, two would be one."""
+    wide = not isinstance(value, Array) or value.dtype.itemsize > 4
+    if wide and not isinstance(value, jax.core.Tracer):
+        known = np.asarray(value)
+        if known.dtype in (np.int64, np.uint64):
+            beyond = known[(known > INT32_MAX) | (known < -INT32_MAX - 1)]
+            if beyond.size:
+                raise ValueError(f"{name} has {beyond[0]}: must be from -2**31 to 2**31 - 1")
+    return as_integers(name, value, shape)
 
 
 def check_cache(cache: PrefixCache) -> None:

@@ -13,7 +13,7 @@ from paxattn.page_table import PageTable, adopt, retain
 from paxattn.page_table.inputs import as_integers, as_mask
 from paxattn.page_table.pages import is_vacant, varying_like, when
 from paxattn.prefix_cache.chains import first_pages, link, next_pages, prefix_hashes
-from paxattn.prefix_cache.state import PrefixCache, check_sizes
+from paxattn.prefix_cache.state import PrefixCache, as_salts, check_sizes
 from paxattn.prefix_cache.tokens import as_pages, row_tokens
 
 SIBLINGS = 256  # pages looked at, at most, for one that goes on with part of the tokens
@@ -68,7 +68,7 @@ def match(
       ValueError: shapes or dtypes do not fit.
     """
     check_sizes(cache, table)
-    salt = as_integers("salt", salt, ())
+    salt = as_salts("salt", salt, ())
     num_tokens = as_integers("num_tokens", num_tokens, ())
     tokens, num_tokens = as_pages(table, tokens, num_tokens)
     everything = jax.tree.leaves((cache, tokens, num_tokens, salt))
@@ -153,7 +153,7 @@ def insert(
       ValueError: shapes or dtypes do not fit.
     """
     check_sizes(cache, table)
-    row, salt = as_integers("row", row, ()), as_integers("salt", salt, ())
+    row, salt = as_integers("row", row, ()), as_salts("salt", salt, ())
     row = jnp.where(row < 0, table.max_seqs, row)
     length = table.kv_lens.at[row].get(mode="fill", fill_value=0)
     tokens, length = as_pages(table, tokens, length)
@@ -210,7 +210,7 @@ def insert_rows(
       lines: i32[R], which line of ``tokens`` is a row's; None: the first is the first row's.
     """
     mask = as_mask("mask", mask, (table.max_seqs,))
-    salts = as_integers("salts", salts, mask.shape)
+    salts = as_salts("salts", salts, mask.shape)
     known = None if tokens is None else jnp.asarray(tokens)
     of = jnp.arange(mask.size) if lines is None else as_integers("lines", lines, mask.shape)
     if known is None:
