@@ -589,3 +589,46 @@ def test_a_port_that_is_taken(monkeypatch, capfd):
         with pytest.raises(SystemExit):
             cli.main()
     assert f"cannot serve at 127.0.0.1:{port}: Address already in use" in capfd.readouterr().err
+
+
+def test_nobody_waits_for_an_engine_that_nobody_drives():
+    async def main():
+        served = AsyncEngine(ENGINE)
+        for _ in range(2):  # before and after
+            assert not served.serving
+            with pytest.raises(NotServing, match="nobody drives the engine"):
+                await served.stats()
+            if served._draining:
+                return
+            async with served:
+                deltas = await served.stream([[1, 2]], max_new_tokens=40)
+                with pytest.raises(TimeoutError):  # who gives up waiting does no harm
+                    await asyncio.wait_for(served.drain(), 0.001)
+                assert sum([len(delta.tokens) async for delta in deltas]) == 40
+                late = asyncio.gather(served.__aexit__(None, None, None), served.stats())
+                assert (await late)[1].running == 0
+                assert served.failure is None
+
+    asyncio.run(main())
+
+
+def test_values_too_deep_to_be_quoted():
+    async def main():
+        async with in_process() as client:
+            for depth in range(960, 1000):
+                deep = "[" * depth + "]" * depth
+                for name in ("temperature", "prompt"):
+                    body = f'{{"model": "tiny", "{name}": {deep}, "n": 1}}'
+                    found = await client.post("/v1/completions", content=body)
+                    assert found.status_code == 400, depth
+
+    asyncio.run(main())
+
+
+def test_a_template_of_ones_own_has_the_special_tokens(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "chat_template": "x"}')
+    (tmp_path / "chat_template.jinja").write_text("y")
+    own = tmp_path / "own"
+    own.write_text("{{ bos_token }}z")
+    assert server.read_chat_template(tmp_path).render([]) == "y"
+    assert server.read_chat_template(tmp_path, own).render([]) == "<s>z"

@@ -540,3 +540,20 @@ def test_steps_work_in_place():
     assert lines
     assert not [line for line in lines if " copy(" in line]
     assert compiled.memory_analysis().temp_size_in_bytes < pages.nbytes
+
+
+def test_the_counter_of_steps_may_wrap_while_requests_run():
+    served = new_engine()
+    use = dataclasses.replace(served.state.use, num_steps=jnp.int32(2**31 - 3))
+    served._state = committed(dataclasses.replace(served.state, use=use))
+    (found,) = served.generate([[1, 2, 3]], max_new_tokens=9)
+    assert len(found.tokens) == 9
+    assert int(served.state.use.num_steps) < 0
+
+
+def test_a_server_is_warmed_up_before_there_are_requests():
+    served = new_engine()
+    served.add_request([1, 2, 3], max_new_tokens=9)
+    with pytest.raises(RuntimeError, match="1 requests are not finished: warm_up"):
+        served.warm_up()
+    assert sum(len(delta.tokens) for delta in served.drain()) == 9

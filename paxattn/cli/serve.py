@@ -126,7 +126,7 @@ def serve(
     try:
         import uvicorn
 
-        from paxattn.server import ChatTemplate, create_app, read_chat_template
+        from paxattn.server import create_app, read_chat_template
     except ImportError as error:
         raise click.ClickException(
             f"no module {error.name}: pip install 'paxattn[serve]'"
@@ -136,10 +136,7 @@ def serve(
     log = Output(stderr=True, highlight=False)
     with _bound(host, port) as sock:
         checkpoint = load_checkpoint(model, dtype, log)
-        if chat_template is None:
-            template = read_chat_template(checkpoint.directory)
-        else:
-            template = ChatTemplate(chat_template.read_text(encoding="utf-8"))
+        template = read_chat_template(checkpoint.directory, chat_template)
         engine = Engine(
             checkpoint.model,
             num_pages=num_pages

@@ -189,7 +189,10 @@ def _parse(body: bytes, read: Callable[[Any], Asked]) -> Asked:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not JSON: {error}") from None
-    return read(content)
+    try:
+        return read(content)
+    except RecursionError:  # an error that quotes a value goes deeper than reading it did
+        raise ApiError("the body has lists or objects nested too deeply") from None
 
 
 async def _while_there(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Any:

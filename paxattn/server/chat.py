@@ -68,19 +68,20 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
 
-def read_chat_template(directory: Path) -> ChatTemplate | None:
+def read_chat_template(directory: Path, own: Path | None = None) -> ChatTemplate | None:
     """A checkpoint's template: of chat_template.jinja, or of tokenizer_config.json.
 
     Args:
-        directory: the checkpoint's.
+        directory: the checkpoint's; special tokens are of its tokenizer_config.json in any case.
+        own: a file to read instead.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    path, file = directory / "tokenizer_config.json", own or directory / "chat_template.jinja"
     config = read_json(path) if path.is_file() else {}
     source = config.get("chat_template")
-    if file.is_file():
+    if own is not None or file.is_file():
         path, source = file, file.read_text(encoding="utf-8")
     tokens = {}
     for name, value in config.items():

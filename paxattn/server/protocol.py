@@ -286,9 +286,9 @@ def _message(index: int, message: Any) -> dict[str, Any]:
         )
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
-        if any(part.get("type") != "text" for part in parts):
+        if not all(one.get("type") == "text" and isinstance(one.get("text"), str) for one in parts):
             raise ApiError(f"{where}.content: parts of type text only", param=f"{where}.content")
-        content = "\n".join(str(part.get("text", "")) for part in parts)
+        content = "\n".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise ApiError(f"{where}.content must be a string", param=f"{where}.content")
     role = "system" if role == "developer" else role  # the same by its older name

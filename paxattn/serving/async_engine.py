@@ -100,7 +100,7 @@ class AsyncEngine:
         """``engine``: without requests."""
         self.engine = engine
         self.failure: BaseException | None = None
-        self._draining = False
+        self._draining = self._driven = False
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # The thread's own:
         self._inboxes: dict[int, _Inbox] = {}
@@ -111,6 +111,7 @@ class AsyncEngine:
         """Start the thread."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._drive, name="paxattn-engine", daemon=True)
+        self._driven = True
         self._thread.start()
         return self
 
@@ -124,11 +125,17 @@ class AsyncEngine:
         self._draining = True
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        self._driven = False
+        while not self._commands.empty():  # what was asked after the end: nobody is to wait
+            command = self._commands.get()
+            if command is not None:
+                command()
+        self._tell_idle()
 
     @property
     def serving(self) -> bool:
         """Whether requests are taken."""
-        return not self._draining and self.failure is None
+        return self._driven and not self._draining and self.failure is None
 
     async def stream(self, prompts: Sequence[Prompt], **options: Unpack[RequestOptions]) -> Deltas:
         """Let requests wait for their turn: all of them or, if places are missing, none.
@@ -175,11 +182,14 @@ class AsyncEngine:
         """
         self._draining = True
         ended: Future[None] = Future()
+        ended.set_running_or_notify_cancel()  # who waits may go away: this cannot be cancelled
         await asyncio.wrap_future(self._ask(lambda: self._waiting_for_end.append(ended)))
         await asyncio.wrap_future(ended)
 
     def _ask(self, what: Callable[[], T]) -> Future[T]:
         """Have the thread call something between two blocks."""
+        if not self._driven:
+            raise NotServing("nobody drives the engine: use `async with`, and only inside of it")
         future: Future[T] = Future()
 
         def answer() -> None:
@@ -213,8 +223,8 @@ class AsyncEngine:
         """Do what was asked meanwhile, until there is a block to run; False: the end."""
         while True:
             idle = not self.engine.num_unfinished
-            while idle and self._waiting_for_end:
-                self._waiting_for_end.pop().set_result(None)
+            if idle:
+                self._tell_idle()
             if idle and self._closing:
                 return False
             try:
@@ -227,6 +237,11 @@ class AsyncEngine:
                     self.engine.abort(index)
             else:
                 command()
+
+    def _tell_idle(self) -> None:
+        """Every request has ended."""
+        while self._waiting_for_end:
+            self._waiting_for_end.pop().set_result(None)
 
     def _hand_over(self, news: list[Delta]) -> None:
         """Give every task its own."""
@@ -242,8 +257,8 @@ class AsyncEngine:
         inboxes = set(self._inboxes.values())
         with contextlib.suppress(RuntimeError):  # the loop may be gone: that would be the error
             self._loop.call_soon_threadsafe(_deliver, [(inbox, error) for inbox in inboxes])
-        for future in self._waiting_for_end:
-            future.set_exception(error)
+        while self._waiting_for_end:
+            self._waiting_for_end.pop().set_exception(error)
         while not self._closing:
             command = self._commands.get()
             if command is None:

@@ -183,7 +183,13 @@ class Engine:
         return engine_stats(self._state, self._meter)
 
     def warm_up(self) -> None:
-        """Compile everything now, before there are requests: the first would wait for it."""
+        """Compile everything now, before there are requests: the first would wait for it.
+
+        Raises:
+            RuntimeError: there are requests.
+        """
+        if self.num_unfinished:
+            raise RuntimeError(f"{self.num_unfinished} requests are not finished: warm_up() first")
         ended = new_request(self._state, [0], max_new_tokens=0)
         requests = _put(self._state.requests, np.int32(0), ended)
         state = replace(self._state, requests=requests)

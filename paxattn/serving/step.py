@@ -155,12 +155,13 @@ def serve(
         logits_processor: see `sampling.sample`.
         scrub: see `serve_step`.
     """
-    last = state.use.num_steps + steps
+    before = state.use.num_steps
 
     def more(state: ServeState) -> jax.Array:
         left = jnp.any(state.requests.status == Status.RUNNING)
         moves = (state.leaving < state.owners.size) | (to_bring_back(state) < state.capacity)
-        return left & ~moves & (state.use.num_steps < last)
+        ran = state.use.num_steps - before  # right even where the counter has wrapped round
+        return left & ~moves & (ran < steps)
 
     def body(state: ServeState) -> ServeState:
         return serve_step(model, state, logits_processor=logits_processor, scrub=scrub)
