@@ -557,3 +557,19 @@ def test_a_server_is_warmed_up_before_there_are_requests():
     with pytest.raises(RuntimeError, match="1 requests are not finished: warm_up"):
         served.warm_up()
     assert sum(len(delta.tokens) for delta in served.drain()) == 9
+
+
+@pytest.mark.slow
+def test_with_a_fixed_split_outputs_are_the_same_to_the_bit():
+    """In steps of the same shapes, alone or with others."""
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), fixed_split=64)
+    engine = Engine(
+        model, num_pages=64, page_size=4, max_seqs=4, max_requests=8, max_tokens=32, step_tokens=8,
+        steps_per_read=5, prefix_cache=False,
+    )  # fmt: skip
+    prompts = [[5, 6], [7, 8], [9, 10], [11, 12]]
+    alone = [engine.generate([prompt], max_new_tokens=24)[0] for prompt in prompts]
+    together = engine.generate(prompts[::-1], max_new_tokens=24)[::-1]
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_array_equal(np.float32(one.logprobs), np.float32(other.logprobs))

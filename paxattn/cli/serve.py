@@ -145,6 +145,7 @@ def serve(
             kv_dtype=kv_dtype,
             max_tokens=max_tokens,
             tokenizer=checkpoint.tokenizer,
+            max_stop_ids=max(8, len(checkpoint.stop_token_ids)),
             **sizes,
         )
         app = create_app(
