@@ -11,7 +11,7 @@ import pytest
 from attention_cases import Case
 from jax.sharding import PartitionSpec
 
-from paxattn.attention import cut, paged_attention, paged_attention_decode, tiles
+from paxattn.attention import cut, paged_attention, paged_attention_decode, walk
 from paxattn.attention.reference import paged_attention_reference
 
 
@@ -220,7 +220,7 @@ def test_infinite_sinks(sinks):
 @pytest.fixture(scope="module")
 def count_blocks():
     """Calls the reference, and counts the blocks of pages that its loops walk, as they run."""
-    walked, page_ids = [], tiles._page_ids
+    walked, page_ids = [], walk._page_ids
 
     def counting(tile, logical):
         jax.debug.callback(walked.append, logical[0, 0])
@@ -250,7 +250,7 @@ def count_blocks():
         return len(walked)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_page_ids", counting)
+        patch.setattr(walk, "_page_ids", counting)
         yield count
 
 

@@ -66,17 +66,6 @@ GRID = dict.fromkeys(
 
 
 def declined(case):
-    """Why the kernel does not serve the case, or None; it takes any lengths and options."""
-    return declined_kind(
-        Case(
-            q_lens=(1,), kv_lens=(1,), heads=case.heads, head_dim=case.head_dim,
-            page_size=case.page_size, dtype=case.dtype,
-        )
-    )  # fmt: skip
-
-
-@functools.cache
-def declined_kind(case):
     inputs = cases.make(case)
     request = checks.check(inputs.q, inputs.k_pages, inputs.v_pages, **inputs.options)
     try:

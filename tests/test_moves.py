@@ -15,7 +15,6 @@ import pytest
 import test_serving as serving
 from flax import nnx
 from safetensors.numpy import save_file
-from tiny import committed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -252,7 +251,7 @@ def test_small_floats_are_saved_bit_by_bit(tmp_path):
 
 def offloading(state, tokens):
     policy = dataclasses.replace(state.policy, offload_from=jnp.int32(tokens))
-    return committed(dataclasses.replace(state, policy=policy))
+    return offload.settled(dataclasses.replace(state, policy=policy), serving.MODEL)
 
 
 def run_blocks(state, asked, host, num_pages):

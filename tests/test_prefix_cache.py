@@ -282,7 +282,9 @@ def test_salts_isolate_tenants_both_ways():
         assert host.match([*A[:3], 0], salt=salt) == ([], 0)  # no partial hit, either
 
 
-@pytest.mark.parametrize("salt", [2**31, -(2**31) - 1, np.int64(2**40), np.uint64(2**63)])
+@pytest.mark.parametrize(
+    "salt", [2**31, -(2**31) - 1, np.int64(2**40), np.uint64(2**63), np.uint32(2**31)]
+)
 def test_salts_that_an_int32_would_make_one_are_refused(salt):
     host = Host()
     for x64 in (False, True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_steps import teacher_forced
-from tiny import committed, tiny_config
+from tiny import tiny_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -18,6 +18,7 @@ from paxattn.decode_step import Status
 from paxattn.models import Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.serving import Engine, QueueFull, engine, init_serve, new_request
+from paxattn.serving.offload import settled
 from paxattn.serving.pace import Pace
 from paxattn.serving.stats import Meter
 
@@ -49,7 +50,7 @@ def new_state(num_pages=PAGES, budget=8, watermark=0, remember=True, model=MODEL
         state.policy, token_budget=jnp.int32(budget), watermark=jnp.int32(watermark)
     )
     pool = dataclasses.replace(state.pool, table=table)
-    return committed(dataclasses.replace(state, pool=pool, policy=policy))
+    return settled(dataclasses.replace(state, pool=pool, policy=policy), model)
 
 
 PLAIN = {"logits_processor": None, "scrub": False}
@@ -545,7 +546,7 @@ def test_steps_work_in_place():
 def test_the_counter_of_steps_may_wrap_while_requests_run():
     served = new_engine()
     use = dataclasses.replace(served.state.use, num_steps=jnp.int32(2**31 - 3))
-    served._state = committed(dataclasses.replace(served.state, use=use))
+    served._state = settled(dataclasses.replace(served.state, use=use), MODEL)
     (found,) = served.generate([[1, 2, 3]], max_new_tokens=9)
     assert len(found.tokens) == 9
     assert int(served.state.use.num_steps) < 0

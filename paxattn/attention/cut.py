@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paxattn.attention import tuning
-from paxattn.attention.tiles import Masking, Tiles
+from paxattn.attention.walk import Masking, Tiles
 
 
 @dataclass(frozen=True, kw_only=True)

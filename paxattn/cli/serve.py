@@ -145,7 +145,7 @@ def serve(
             kv_dtype=kv_dtype,
             max_tokens=max_tokens,
             tokenizer=checkpoint.tokenizer,
-            max_stop_ids=max(8, len(checkpoint.stop_token_ids)),
+            max_stop_ids=8 + len(checkpoint.stop_token_ids),  # a request's own, and those
             **sizes,
         )
         app = create_app(

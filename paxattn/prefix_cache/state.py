@@ -136,10 +136,9 @@ def check_sizes(cache: PrefixCache, table: PageTable) -> None:
 
 def as_salts(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Salts as i32. Larger ones are refused where they can be seen: cut off, two would be one."""
-    wide = not isinstance(value, Array) or value.dtype.itemsize > 4
-    if wide and not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, jax.core.Tracer):
         known = np.asarray(value)
-        if known.dtype in (np.int64, np.uint64):
+        if known.dtype.kind in "iu":
             beyond = known[(known > INT32_MAX) | (known < -INT32_MAX - 1)]
             if beyond.size:
                 raise ValueError(f"{name} has {beyond[0]}: must be from -2**31 to 2**31 - 1")
