@@ -29,7 +29,7 @@ from paxattn import page_table
 from paxattn.decode_step import Status
 from paxattn.pool import Pool, make_room, release_rows, with_table
 from paxattn.sampling import LogitsProcessor, apply_processor
-from paxattn.step import LanguageModel, PoolUse, first_only, run_tokens, shed, window_of
+from paxattn.step import LanguageModel, PoolUse, first_only, left_alone, run_tokens, shed, window_of
 
 # Below any sum of log-probabilities; finite, so that differences are.
 NEVER = -1e9
@@ -239,7 +239,8 @@ def beam_step(
     use = state.use.after(pool.table, window_of(model))
     state, parents = select(state, logits, stepped)
 
-    failed = first_only(going & ~fits)
+    could = (ok | left_alone(pool.table)).reshape(num_prompts, num_beams)
+    failed = first_only(going & ~jnp.all(could, axis=1))
     status = jnp.where(failed, jnp.int32(Status.OUT_OF_PAGES), state.status)
     done = jnp.repeat(going & (status != Status.RUNNING), num_beams)
     pool = release_rows(pool, done, scrub=scrub)

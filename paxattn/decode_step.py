@@ -20,7 +20,15 @@ from jax import lax
 from paxattn.penalties import count_generated
 from paxattn.pool import Pool, release_rows
 from paxattn.sampling import LogitsProcessor, RowSampling, sample
-from paxattn.step import LanguageModel, PoolUse, first_only, ragged_step, shed, window_of
+from paxattn.step import (
+    LanguageModel,
+    PoolUse,
+    first_only,
+    left_alone,
+    ragged_step,
+    shed,
+    window_of,
+)
 
 
 class Status(enum.IntEnum):
@@ -115,7 +123,7 @@ def record(
         tokens: i32[R, m], new tokens of each row, see `take_in`.
         logprobs: f32[R, m].
         count: i32[R], how many of them are new.
-        failed: bool[R], rows that found no page; only the first of them ends.
+        failed: bool[R], rows that found no page; only the first of them that needs one now ends.
         scrub: static; zero the pages that are given back before anyone can take them.
     """
     capacity = state.tokens.shape[1]
@@ -133,6 +141,7 @@ def record(
     newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
 
     status = jnp.where(after == Status.RUNNING, state.status, after)
+    failed &= ~left_alone(state.pool.table)
     status = jnp.where(first_only(failed), jnp.int32(Status.OUT_OF_PAGES), status)
     ended = (state.status == Status.RUNNING) & (status != Status.RUNNING)
     pool = release_rows(state.pool, ended, scrub=scrub)

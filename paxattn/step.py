@@ -20,6 +20,7 @@ from paxattn import page_table
 from paxattn.kv_cache import KVCache
 from paxattn.page_table import PageTable
 from paxattn.page_table.inputs import as_integers
+from paxattn.page_table.pages import read_entries
 from paxattn.pool import (
     Pool,
     admit_rows,
@@ -346,3 +347,13 @@ def count_cached(use: PoolUse, tokens: jax.Array) -> PoolUse:
 def first_only(mask: jax.Array) -> jax.Array:
     """The mask without all but its first True."""
     return mask & (jnp.cumsum(mask) == 1)
+
+
+def left_alone(table: PageTable) -> jax.Array:
+    """Rows whose next token falls in a page that nobody else holds, bool[R]: they need no other.
+
+    So may a row that found no page for a copy: who shared its page has taken a copy in that step.
+    """
+    rows = jnp.arange(table.max_seqs, dtype=jnp.int32)
+    page = read_entries(table, rows, table.kv_lens // table.page_size)
+    return table.ref_counts.at[page].get(mode="fill", fill_value=0) == 1

@@ -261,6 +261,14 @@ def test_out_of_pages_ends_only_those_affected():
     assert whole.stats.peak_pages <= tight.stats.enough_pages
 
 
+def test_samples_need_no_more_pages_than_they_hold():
+    """For want of a page to copy to, the last that shares one waits until it is alone with it."""
+    options = {"page_size": 4, "max_new_tokens": 2, "num_samples": 3}
+    out = generate(MODEL, [PROMPTS[0][:3]], num_pages=3, **options)
+    assert {completion.finish_reason for completion in out.completions} == {"length"}
+    assert out.stats.peak_pages == 3
+
+
 def test_a_prompt_larger_than_the_pool_takes_nothing_from_the_others(greedy):
     order = [3, 0, 2, 1]
     small = generate(MODEL, [PROMPTS[i] for i in order], **TIGHT)
