@@ -32,8 +32,9 @@ def generate_beams(
     """See `generate.generate`.
 
     Returns:
-        ``num_return_sequences`` completions per prompt, with scores. Those of a prompt that ran out
-        of pages may be fewer; what it lacks in hypotheses comes from its unfinished beams.
+        ``num_return_sequences`` completions per prompt, with scores. What a prompt that ran out of
+        pages lacks in hypotheses comes from its unfinished beams, best first; where there are no
+        more of those either, a completion is empty and its score -inf.
     """
     for name in ("sampling", "num_samples", "draft", "stop"):
         if options.get(name) is not None:
@@ -85,7 +86,15 @@ def generate_beams(
         found = _completions(requests, i, hypotheses)
         if status[i] == Status.OUT_OF_PAGES or not found:
             found += _completions(requests, i, running, unfinished=Status(status[i]))
-        completions += found[:num_return_sequences]
+        empty = Completion(
+            prompt_tokens=requests.prompts[i],
+            tokens=[],
+            logprobs=[],
+            text="",
+            finish_reason=Status(status[i]).name.lower(),
+            score=-math.inf,
+        )
+        completions += (found + [empty] * num_return_sequences)[:num_return_sequences]
     return Generation(completions=completions, stats=stats)
 
 

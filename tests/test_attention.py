@@ -532,6 +532,7 @@ def test_gradients(case):
         np.testing.assert_array_equal(np.asarray(grads[name])[unowned], 0.0)
 
 
+@pytest.mark.variants
 def test_gradients_of_16_bit_pages_and_vmap():
     inputs = cases.make(dataclasses.replace(DECODE, dtype="bfloat16"))
     options = inputs.options

@@ -1,6 +1,7 @@
 """Beam search: what transformers finds, pages that come back, pressure, bad input."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from make_fixtures import FIXTURES
 from paxattn import generate, load
 from paxattn.sampling import SamplingParams
 
-QUICK = list(zip(NAMES, (4, 2, 8), strict=False))
+MARKS = {(NAMES[0], 4): [], (NAMES[1], 2): pytest.mark.variants, (NAMES[2], 8): []}
 SHAPE = {"page_size": 8, "max_new_tokens": NEW_TOKENS, "stop_token_ids": STOP_IDS}
 
 
@@ -22,7 +23,7 @@ def prompts_of(name):
 @pytest.mark.parametrize(
     ("name", "num_beams"),
     [
-        pytest.param(name, k, marks=[] if (name, k) in QUICK else pytest.mark.slow)
+        pytest.param(name, k, marks=MARKS.get((name, k), pytest.mark.slow))
         for name in NAMES
         for k in (2, 4, 8)
     ],
@@ -93,9 +94,11 @@ def test_pressure_ends_only_those_affected_and_scrub_changes_nothing(llama):
 
 
 def test_no_tokens_asked_for(llama):
+    """The completions of prompt i are at i * num_return_sequences, come what may."""
     options = {**SHAPE, "max_new_tokens": [0, NEW_TOKENS, 0], "num_beams": 4}
-    out = generate(llama, prompts_of("llama3"), **options)
-    assert [len(c.tokens) > 0 for c in out.completions] == [False, True, False]
+    out = generate(llama, prompts_of("llama3"), num_return_sequences=2, **options)
+    assert [len(c.tokens) > 0 for c in out.completions] == [False] * 2 + [True] * 2 + [False] * 2
+    assert [c.score for c in out.completions[:2]] == [0.0, -math.inf]
     assert generate(llama, [], num_beams=2).completions == []
 
 

@@ -116,6 +116,7 @@ def test_prefill_in_small_chunks_gives_the_same(sampled):
     assert tokens_of(chunked) == tokens_of(sampled)
 
 
+@pytest.mark.variants
 @pytest.mark.parametrize("page_size", [1, pytest.param(256, marks=pytest.mark.slow)])
 def test_page_size_does_not_matter(sampled, page_size):
     other = generate(MODEL, PROMPTS, sampling=SAMPLING, page_size=page_size, max_new_tokens=12)
@@ -390,8 +391,16 @@ def test_repetition_penalty_counts_prompt_and_output():
 
 @pytest.mark.parametrize(
     ("prompts", "draft", "scrub"),
-    [(PROMPTS, None, False), (PROMPTS * 2, NGram(num_tokens=3, branches=2), True)],
-    ids=["plain", "rows that share, trees of guesses, scrub"],
+    [
+        pytest.param(PROMPTS, None, False, id="plain"),
+        pytest.param(
+            PROMPTS * 2,
+            NGram(num_tokens=3, branches=2),
+            True,
+            id="rows that share, trees of guesses, scrub",
+            marks=pytest.mark.variants,
+        ),
+    ],
 )
 def test_the_whole_decode_loop_works_in_place(prompts, draft, scrub):
     num_pages = 2**14

@@ -120,6 +120,7 @@ def test_a_prompt_that_does_not_run_keeps_nobody_waiting(plain):
     assert out.stats.cached_tokens == 28
 
 
+@pytest.mark.variants
 def test_a_prompt_that_finds_no_page_keeps_nobody_waiting():
     # The second waits for the first, which ends for want of pages half way.
     long = words(50)
@@ -189,6 +190,7 @@ def test_other_prompts_hits_and_salts_compile_nothing():
         pytest.param("beams", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.variants
 def test_samples_beams_and_speculation_are_the_same_with_it(what):
     draft = Decoder(CONFIG, rngs=nnx.Rngs(1))
     options = {

@@ -105,6 +105,7 @@ def test_dtypes_that_do_not_go():
         generate(MODEL, PROMPTS, prefix_cache=kept, kv_dtype="fp8", **few)
 
 
+@pytest.mark.variants
 def test_a_server_preempts_moves_and_saves_quantised_pages(alone, tmp_path):
     """Rows that leave store their tokens anew, or have pages and scales moved to the host's memory
     and back; another server goes on from a file."""

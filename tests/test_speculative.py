@@ -80,6 +80,7 @@ def test_speculation_changes_no_token(monkeypatch, drafter):
             assert fast.stats.num_steps < plain.stats.num_steps / 2
 
 
+@pytest.mark.variants
 @pytest.mark.parametrize("k", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in range(2, 9))])
 @pytest.mark.parametrize(
     "drafter", [NGram, pytest.param(partial(DraftModel, model=DRAFT), marks=pytest.mark.slow)]
@@ -152,6 +153,7 @@ def test_stop_strings_end_rows_that_guess():
     assert any(c.finish_reason == "stop" for c in cut)
 
 
+@pytest.mark.variants
 def test_penalties_count_the_guesses():
     params = [
         SamplingParams(repetition_penalty=1e6),
@@ -223,6 +225,7 @@ def test_samples_are_separate_requests_that_share_pages(monkeypatch):
     assert shared.stats.peak_pages == alone - 3 * 3 - 3 * 1
 
 
+@pytest.mark.variants
 def test_scrub_leaves_nothing_of_samples_and_guesses(monkeypatch):
     options = {**SHAPE, "sampling": SamplingParams(temperature=1.0), "num_samples": 2}
     options["draft"] = DraftModel(model=DRAFT, num_tokens=3)

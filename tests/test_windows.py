@@ -84,6 +84,7 @@ def check_workload(seed, num_pages, budget, remember=True):
     return state, preempted
 
 
+@pytest.mark.variants
 def test_a_server_gives_back_what_windows_left_behind():
     # The longest request fills eight pages, were they all kept.
     state, preempted = check_workload(20, 6, 5)
