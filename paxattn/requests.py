@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypedDict
@@ -145,7 +145,7 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab: int)
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, not one string: [{prompts[:40]!r}]")
     listed = plain(prompts)
-    if not isinstance(listed, Iterable):
+    if not isinstance(listed, Iterable) or isinstance(listed, Set | Mapping):
         raise TypeError(f"{prompts=} must be a list of prompts")
     return [prompt_ids(f"prompts[{i}]", one, tokenizer, vocab) for i, one in enumerate(listed)]
 
@@ -157,6 +157,8 @@ def prompt_ids(name: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab: in
             raise ValueError(f"{name} is text: pass tokenizer=, or token ids instead")
         ids = tokenizer.encode(_whole_text(name, prompt)).ids
     else:
+        if isinstance(prompt, Set | Mapping):
+            raise TypeError(f"{name} is {prompt!r}: must be a sequence of token ids, in order")
         ids = _integers(name, prompt)
     if not ids:
         raise ValueError(f"{name} has no tokens: a model needs at least one to start from")
@@ -397,7 +399,8 @@ def _check_draft(draft: Any, vocab_size: int) -> None:
     if draft is None:
         return
     if not isinstance(draft, NGram | DraftModel):
-        raise TypeError(f"{draft=} must be an NGram or a DraftModel")
+        what = f"a {type(draft).__name__}" if callable(draft) else repr(draft)
+        raise TypeError(f"draft is {what}: must be an NGram or a DraftModel(model=...)")
     numbers = {"num_tokens": draft.num_tokens, "branches": draft.branches}
     if isinstance(draft, NGram):
         numbers["longest"] = draft.longest

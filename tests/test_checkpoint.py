@@ -560,6 +560,8 @@ def test_generation_config_errors(directory, changes, message):
 
 
 def test_no_such_directory(tmp_path):
+    with pytest.raises(TypeError, match="path=3 must be a directory or a hub id"):
+        load(3)
     with fails("nowhere: no such directory"):
         load(tmp_path / "nowhere")
     with fails("./models/none: no such directory"):

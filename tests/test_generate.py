@@ -477,6 +477,8 @@ BAD = SamplingParams(top_p=2)
         ([[1]], {"max_new_tokens": 8, "logits_processor": 3}, TypeError, "must be a function of"),
         ([[1]], {"max_new_tokens": 8, "scrub": "no"}, TypeError, "scrub='no' must be True or Fa"),
         (None, {}, TypeError, "prompts=None must be a list of prompts"),
+        ({"a": [1]}, {}, TypeError, "prompts={'a': [1]} must be a list of prompts"),
+        ([{1, 2}], {}, TypeError, "prompts[0] is {1, 2}: must be a sequence of token ids"),
         ([jnp.ones(2)], {}, TypeError, "a token of prompts[0] is 1.0: must be an integer"),
         ([jnp.int32(1)], {}, TypeError, "must be a sequence of token ids"),
         ([[1.5]], {}, TypeError, "a token of prompts[0] is 1.5: must be an integer"),

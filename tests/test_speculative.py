@@ -245,7 +245,8 @@ def test_scrub_leaves_nothing_of_samples_and_guesses(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"draft": 4}, TypeError, "draft=4 must be an NGram or a DraftModel"),
+        ({"draft": 4}, TypeError, "draft is 4: must be an NGram or a DraftModel"),
+        ({"draft": DRAFT}, TypeError, "draft is a Decoder: must be an NGram or a DraftModel"),
         ({"draft": NGram(num_tokens=0)}, ValueError, "draft.num_tokens=0 must be at least 1"),
         ({"draft": NGram(longest=1.5)}, TypeError, "draft.longest is 1.5: must be an integer"),
         ({"num_samples": 0}, ValueError, "num_samples=0 must be at least 1"),

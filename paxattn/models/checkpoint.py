@@ -131,6 +131,8 @@ def load(
 
 def _directory(path: str | PathLike[str]) -> Path:
     """The checkpoint's directory; a hub id is fetched."""
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"{path=} must be a directory or a hub id")
     try:
         directory = Path(path).expanduser()
         if directory.is_dir():
