@@ -1,8 +1,9 @@
 """The TPU kernel beside JAX's own ragged kernel, for TPUs that are not there: memory and traffic.
 
-    python benchmarks/tpu_compile.py [--generations v5e,v6e,v5p,tpu7x]     (needs the wheel libtpu)
+    python benchmarks/tpu_compile.py [--generations v5e,v6e,v5p,tpu7x] [--resume]
 
-Nothing runs. Per batch, kernel and generation:
+Needs the wheel libtpu, and an hour for all; what is made is saved at once, and `--resume` goes on
+from there. Nothing runs. Per batch, kernel and generation:
 
 VMEM    what the compiler allots, read from its complaint when it is given next to nothing
 SMEM    what is prefetched to scalar memory, and our page ids
@@ -18,6 +19,7 @@ its block sizes are its tuned ones for the generation, as its table has them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -167,16 +169,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--generations", default=",".join(tpu_compiler.TOPOLOGIES))
+    parser.add_argument("--resume", action="store_true", help="make only what is not saved yet")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for generation in args.generations.split(","):
-        for name, least in ((name, minimum(name)) for name in BATCHES):
-            for made in (ours(name, generation), theirs(name, generation)):
-                place = dict(batch=name, generation=generation)
-                rows.append(place | made | dict(minimum=least, ratio=made["moved"] / least))
-        # After each generation: all of them take half an hour.
-        _common.show(f"H={H} G={G} D={D} P={P}, bf16, block tables of {M} pages; bytes", rows)
-        _common.save("tpu_compile", rows)
+    rows = _common.rows_of_this_machine("tpu_compile") if args.resume else []
+    made = {(row["generation"], row["batch"], row["kernel"].split()[0]) for row in rows}
+    for generation, name in itertools.product(args.generations.split(","), BATCHES):
+        least = minimum(name)
+        for who, kernel in (("paxattn", ours), ("jax", theirs)):
+            if (generation, name, who) in made:
+                continue
+            row = dict(batch=name, generation=generation) | kernel(name, generation)
+            rows.append(row | dict(minimum=least, ratio=row["moved"] / least))
+            _common.save("tpu_compile", rows)
+    _common.show(f"H={H} G={G} D={D} P={P}, bf16, block tables of {M} pages; bytes", rows)
 
 
 if __name__ == "__main__":
