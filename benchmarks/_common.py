@@ -69,15 +69,19 @@ def interleaved(
 def save(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> Path:
     """Writes `results/NAME.json`; other versions' entries in the file are kept."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
     here = machine()
     entry = {"machine": here, **extra, "rows": list(rows)}
-    kept = json.loads(path.read_text()) if path.exists() else []
-    same = ("cpu", "cores", "devices", "python", "jax")
-    kept = [x for x in kept if any(x["machine"].get(key) != here[key] for key in same)]
+    kept = [x for x in _saved(name) if not _same(x, here)]
     kept = sorted([*kept, entry], key=lambda x: (x["machine"]["jax"], x["machine"]["cpu"]))
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
+
+
+def rows_of_this_machine(name: str) -> list[dict[str, Any]]:
+    """The rows that `save` has written here with these versions, or none."""
+    here = machine()
+    return next((x["rows"] for x in _saved(name) if _same(x, here)), [])
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -88,6 +92,16 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     Console().print(table)
+
+
+def _saved(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _same(entry: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    keys = ("cpu", "cores", "devices", "python", "jax")
+    return all(entry["machine"].get(key) == here[key] for key in keys)
 
 
 def _summary(times: list[float]) -> dict[str, float]:

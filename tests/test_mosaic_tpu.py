@@ -34,10 +34,15 @@ def building_for(device_kind):
     return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
-def on_tpu(*, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, tokens=8, **more):
+def on_tpu(
+    *, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, page_dtype=None, tokens=8,
+    **more,
+):  # fmt: skip
     """A step for 8 rows, as shapes."""
     shape = jax.ShapeDtypeStruct
-    pages = shape((2, 100, heads[1], page_size, head_dim), dtype)
+    pages = shape((2, 100, heads[1], page_size, head_dim), page_dtype or dtype)
+    if page_dtype is not None:
+        more |= dict.fromkeys(("k_scales", "v_scales"), shape(pages.shape[:-1], jnp.bfloat16))
     return dict(
         q=shape((tokens, heads[0], head_dim), dtype), k_pages=pages, v_pages=pages,
         block_tables=shape((8, 40), jnp.int32), kv_lens=shape((8,), jnp.int32),
@@ -52,6 +57,9 @@ def on_tpu(*, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, tok
         (dict(dtype=jnp.float32, page_size=256, head_dim=256), "tiles of 1 queries"),
         (dict(head_dim=64, page_size=128, max_q_len=5), "tiles of 5 queries"),
         (dict(tokens=200, max_q_len=100), "tiles of 4 queries and of 64"),
+        (dict(page_dtype=jnp.int8, page_size=128, head_dim=64), "tiles of 1 queries"),
+        (dict(page_dtype=jnp.float8_e4m3fn, page_size=256, max_q_len=5), "tiles of 5 queries"),
+        (dict(page_dtype=jnp.int8, page_size=48), "page_size=48 of int8 pages is not one of"),
         (dict(dtype=jnp.float16), "dtype float16 is not one that TPUs compute with"),
         (dict(head_dim=80), "head_dim=80 is not one of (64, 128, 256)"),
         (dict(page_size=8), "page_size=8 is not a multiple of 16"),
@@ -95,8 +103,17 @@ def test_older_tpus_are_declined():
 def test_blocks_fit_the_vector_memory():
     for kv_heads in (1, 2, 8, 12, 32):
         for block_q, group in ((1, 1), (1, 16), (4, 4), (256, 1), (16, 16), (48, 5)):
-            for head_dim, page_size in ((64, 128), (128, 16), (128, 48), (256, 256)):
-                shape = dict(head_dim=head_dim, page_size=page_size, dtype="float32")
+            for head_dim, page_size, page_dtype in (
+                (64, 128, None),
+                (128, 16, None),
+                (128, 48, None),
+                (256, 256, None),
+                (64, 128, "int8"),
+                (256, 256, "float8_e4m3fn"),
+            ):
+                shape = dict(
+                    head_dim=head_dim, page_size=page_size, dtype="float32", page_dtype=page_dtype
+                )
                 made = config.choose(block_q=block_q, group=group, num_kv_heads=kv_heads, **shape)
                 rows = config.packed_rows(block_q, group)
                 assert rows >= block_q * group
@@ -140,7 +157,7 @@ def test_tiles_cover_every_token_once_and_read_what_it_sees(max_q_len, window):
 
 def served(case):
     """The case, changed as little as lets the kernel serve it."""
-    page_size = max(-(-case.page_size // 16) * 16, 16)
+    page_size = -(-case.page_size // 16) * 16
     if case.head_dim == 64 and page_size % 128:
         page_size = 128 if case.soft_cap is None else 16
     small = case.head_dim <= 64 and page_size % 128 == 0
@@ -153,15 +170,26 @@ def served(case):
 
 
 CASES = (
-    *dict.fromkeys(served(case) for case in cases.SMALL if case.page_dtype is None),
+    *dict.fromkeys(
+        served(case if case.page_dtype is None else dataclasses.replace(case, page_size=128))
+        for case in cases.SMALL
+    ),
     # decode, speculation, chunked prefill and idle rows in one batch
     Case(
         q_lens=(1, 20, 0, 3, 1), kv_lens=(130, 90, 9, 70, 0), **BF16, heads=(16, 2), head_dim=128,
         padding=3, layers=2, sinks=True, soft_cap=30.0, window=77,
     ),
+    # (scales that several pages share a line of)
+    Case(
+        q_lens=(1, 3), kv_lens=(90, 40), **BF16, heads=(4, 2), head_dim=128, layers=2,
+        page_dtype="int8",
+    ),
     # (block tables of several pieces, the window's first page in a later one)
     Case(q_lens=(1, 1), kv_lens=(2200, 2100), **BF16, heads=(2, 1), head_dim=128, window=60),
 )  # fmt: skip
+
+
+GRID = list(dict.fromkeys(map(served, (*cases.full_grid(), *cases.quantized_grid()))))
 
 
 @pytest.mark.kernels
@@ -173,7 +201,7 @@ def test_matches_oracle_and_reads_no_poison(case):
 
 @pytest.mark.kernels
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(dict.fromkeys(map(served, cases.full_grid()))), ids=str)
+@pytest.mark.parametrize("case", GRID, ids=str)
 def test_whole_grid(case):
     inputs = cases.make(case)
     check(inputs, run(cases.poison(inputs)))

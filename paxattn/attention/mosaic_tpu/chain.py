@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paxattn.attention.mosaic_tpu.config import LANES
-from paxattn.attention.mosaic_tpu.refs import Scalars, Scratch, Shape
+from paxattn.attention.mosaic_tpu.refs import Pools, Scalars, Scratch, Shape
 
 
 class Step(NamedTuple):
@@ -27,9 +27,8 @@ class Step(NamedTuple):
 class Chain:
     """All blocks of all steps of the grid, in order."""
 
-    def __init__(self, hbm: tuple, given: Scalars, scratch: Scratch, shape: Shape) -> None:
-        self.given, self.scratch, self.shape = given, scratch, shape
-        self.k_hbm, self.v_hbm, self.ids_hbm = hbm
+    def __init__(self, hbm: Pools, given: Scalars, scratch: Scratch, shape: Shape) -> None:
+        self.hbm, self.given, self.scratch, self.shape = hbm, given, scratch, shape
 
     def first_block(self, tile: Any) -> Any:
         """Number of the first block of tokens that a tile reads."""
@@ -66,14 +65,14 @@ class Chain:
         """The copy of the piece of the block tables in which a block's page ids are."""
         piece = at.block * self.shape.config.block_pages // LANES
         return pltpu.make_async_copy(
-            self.ids_hbm.at[self.given.rows[at.tile], piece],
+            self.hbm.page_ids.at[self.given.rows[at.tile], piece],
             self.scratch.page_ids.at[slot],
             self.scratch.ids_arrived.at[slot],
         )
 
     def pages(self, at: Step, slot: Any, *, start: bool) -> None:
-        """Starts the copies of a block's pages, or waits for them."""
-        given, scratch, size = self.given, self.scratch, self.shape.page_size
+        """Starts the copies of a block's pages (and scales), or waits for them."""
+        hbm, given, scratch, size = self.hbm, self.given, self.scratch, self.shape.page_size
         pages, heads = self.shape.config.block_pages, self.shape.config.block_heads
         begin = at.block * pages
         of_heads = pl.ds(at.head_block * heads, heads)
@@ -83,15 +82,22 @@ class Chain:
             page_id = scratch.page_ids[slot, 0, page % LANES] if start else 0
             tokens = pl.ds(pl.multiple_of((page - begin) * size, size), size)
             to = (slice(None), tokens) if self.shape.across else (tokens, slice(None))
-            for hbm, vmem, arrived in (
-                (self.k_hbm, scratch.k, scratch.k_arrived),
-                (self.v_hbm, scratch.v, scratch.v_arrived),
-            ):
-                moved = pltpu.make_async_copy(
-                    hbm.at[given.layer[0], page_id, of_heads],
-                    vmem.at[slot, :, *to],
-                    arrived.at[slot],
-                )
+            here = given.layer[0], page_id, of_heads
+            copies = [
+                (hbm.k_pages.at[here], scratch.k.at[slot, :, *to], scratch.k_arrived),
+                (hbm.v_pages.at[here], scratch.v.at[slot, :, *to], scratch.v_arrived),
+            ]
+            if self.shape.quantized:  # (a semaphore counts bytes, whatever they are)
+                there = self._scales_of(page_id, at.head_block)
+                to = slot, page - begin
+                copies += [
+                    (hbm.k_scales.at[there], scratch.k_scales.at[to], scratch.k_arrived),
+                    (hbm.v_scales.at[there], scratch.v_scales.at[to], scratch.v_arrived),
+                ]
+                if start and size < self.shape.scale_lanes:
+                    scratch.lanes[to] = page_id // hbm.k_scales.shape[1] * size
+            for source, target, arrived in copies:
+                moved = pltpu.make_async_copy(source, target, arrived.at[slot])
                 if start:
                     moved.start()
                 else:
@@ -100,3 +106,13 @@ class Chain:
         first = jnp.maximum(given.starts[at.tile] // size, begin)
         stop = jnp.minimum((given.stops[at.tile] + size - 1) // size, begin + pages)
         lax.fori_loop(first, stop, copy, None)
+
+    def _scales_of(self, page_id: Any, head_block: Any) -> tuple:
+        """Where the scales of a page are, maybe in a line with those of others."""
+        shape = self.shape
+        layer = self.given.layer[0] if self.hbm.k_scales.shape[0] > 1 else 0
+        line = page_id % self.hbm.k_scales.shape[1]
+        if shape.scale_heads == shape.num_kv_heads:
+            return layer, line
+        first = head_block * shape.config.block_heads // shape.scale_heads * shape.scale_heads
+        return layer, line, pl.ds(pl.multiple_of(first, 8), shape.scale_heads)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from paxattn.quantized import SCALE_DTYPE
+
 DTYPES = ("bfloat16", "float32")
 HEAD_DIMS = (64, 128, 256)
+QUANTIZED_PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_GROUP = 16
 LANES = 128  # a vector register is [8, 128] 32-bit numbers; smaller last axes are padded to 128
 CHUNK = 128  # packed query rows that are worked on together
@@ -65,6 +68,22 @@ def lie_across(head_dim: int, page_size: int) -> bool:
     return head_dim % LANES != 0 and page_size % LANES == 0
 
 
+def scales_lie_ready(num_kv_heads: int, page_size: int) -> bool:
+    """Whether XLA stores scales [L, N, H, P] in that order on a TPU, as the kernel reads them.
+
+    Where pages do not fill the lanes, or heads the rows of a register (there are small ones, too),
+    it puts pages there.
+    """
+    return page_size % LANES == 0 and (num_kv_heads in (2, 4) or num_kv_heads % 8 == 0)
+
+
+def scale_heads(block_heads: int, num_kv_heads: int) -> int:
+    """Heads whose scales are fetched for `block_heads` that are worked on: whole registers of 8."""
+    if num_kv_heads % 8 == 0 and block_heads % 8 == 0:
+        return block_heads
+    return 8 if num_kv_heads % 8 == 0 and 8 % block_heads == 0 else num_kv_heads
+
+
 def packed_rows(block_q: int, group: int) -> int:
     """Rows of a query tile: tokens x group, in whole registers of 8, or in whole chunks."""
     step = 8 if block_q * group <= CHUNK else CHUNK
@@ -72,7 +91,14 @@ def packed_rows(block_q: int, group: int) -> int:
 
 
 def choose(
-    *, block_q: int, group: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: str
+    *,
+    block_q: int,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    page_dtype: str | None = None,
 ) -> Config:
     """Chooses the largest blocks that fit the vector memory: tokens first, then heads.
 
@@ -84,7 +110,8 @@ def choose(
         num_kv_heads: Hkv.
         head_dim: D.
         page_size: P.
-        dtype: of queries and pages.
+        dtype: of queries, and of pages that are not quantised.
+        page_dtype: of quantised pages, or None.
 
     Returns:
         The config.
@@ -101,18 +128,31 @@ def choose(
         for block_heads in heads:
             config = Config(block_q=block_q, block_pages=pages, block_heads=block_heads)
             size = vmem_bytes(
-                config, rows=rows, head_dim=head_dim, page_size=page_size, dtype=dtype
+                config,
+                rows=rows,
+                head_dim=head_dim,
+                page_size=page_size,
+                dtype=dtype,
+                page_dtype=page_dtype,
             )
             if size <= _VMEM_BYTES:
                 return config
         pages //= 2
     raise NotImplementedError(
-        f"a page of {page_size=} tokens with {head_dim=} in {dtype} and {rows} queries "
-        "exceed the vector memory"
+        f"a page of {page_size=} tokens with {head_dim=} in {page_dtype or dtype} and {rows} "
+        "queries exceed the vector memory"
     )
 
 
-def vmem_bytes(config: Config, *, rows: int, head_dim: int, page_size: int, dtype: str) -> int:
+def vmem_bytes(
+    config: Config,
+    *,
+    rows: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    page_dtype: str | None = None,
+) -> int:
     """Bytes of vector memory that a launch's arrays take, about.
 
     Args:
@@ -120,15 +160,22 @@ def vmem_bytes(config: Config, *, rows: int, head_dim: int, page_size: int, dtyp
         rows: of a query tile, from `packed_rows`.
         head_dim: D.
         page_size: P.
-        dtype: of queries and pages.
+        dtype: of queries, and of pages that are not quantised.
+        page_dtype: of quantised pages, or None.
 
     Returns:
-        The sum over K and V, queries and results (each twice), accumulators and scores.
+        The sum over K and V, queries and results (each twice), accumulators and scores; and of
+        quantised pages the scales, and a head's K and V as they are computed in.
     """
     itemsize, dim = jnp.dtype(dtype).itemsize, -(-head_dim // LANES) * LANES
     tokens = config.block_pages * page_size
-    kv = 2 * 2 * config.block_heads * tokens * itemsize
-    kv *= head_dim if lie_across(head_dim, page_size) else dim
+    block = tokens * (head_dim if lie_across(head_dim, page_size) else dim)
+    kv = 2 * 2 * config.block_heads * block * jnp.dtype(page_dtype or dtype).itemsize
+    if page_dtype is not None:
+        rows_of_scales = -(-max(config.block_heads, 8) // 8) * 8
+        staged = config.block_pages * max(page_size, LANES)
+        kv += 2 * rows_of_scales * (2 * staged * SCALE_DTYPE.itemsize + max(tokens, LANES) * 4)
+        kv += 2 * block * itemsize
     queries = 2 * config.block_heads * rows * dim * (itemsize + 4)
     accumulators = config.block_heads * rows * (dim + 2 * LANES) * 4
     scores = 3 * min(rows, CHUNK) * (-(-tokens // LANES) * LANES) * 4

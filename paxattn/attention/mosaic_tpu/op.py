@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from paxattn.attention.mosaic_tpu.config import packed_rows
+from paxattn.attention.mosaic_tpu.config import LANES, packed_rows, scales_lie_ready
 from paxattn.attention.mosaic_tpu.kernel import launch
 from paxattn.attention.mosaic_tpu.plan import Plan, Tiles
 from paxattn.attention.mosaic_tpu.refs import Shape
@@ -32,6 +33,8 @@ def attend_batch(
     causal: bool,
     soft_cap: float | None,
     plan: Plan,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Serves a batch.
@@ -47,14 +50,23 @@ def attend_batch(
         causal: whether a query is blind to later positions.
         soft_cap: on scaled scores, or None.
         plan: for this batch and window.
+        k_scales: [L, N, H, P], or [N, H, P] without `layer`, of quantised pages; or None.
+        v_scales: same.
         interpret: parameters of Pallas' TPU interpreter, or False.
 
     Returns:
         o [T, H * G, D] in q's dtype, lse f32[T, H * G].
     """
+    scales: tuple[jax.Array, ...] = ()
+    if k_scales is not None and v_scales is not None:
+        scales = k_scales, v_scales
     if layer is None:
         k_pages, v_pages, layer = k_pages[None], v_pages[None], 0
+        scales = tuple(x[None] for x in scales)
     num_layers, _, heads, page_size, head_dim = k_pages.shape
+    layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
+    if not scales_lie_ready(heads, page_size):
+        scales = tuple(_laid_out(x, layer) for x in scales)
     # Sinks scale the result once more: round it only after that.
     out_dtype = q.dtype if sinks is None else jnp.float32
     o = jnp.zeros(q.shape, out_dtype)
@@ -70,6 +82,7 @@ def attend_batch(
             window=sliding_window is not None,
             soft_cap=soft_cap,
             dtype=q.dtype,
+            page_dtype=k_pages.dtype,
             out_dtype=out_dtype,
         )
         found = launch(
@@ -77,8 +90,9 @@ def attend_batch(
             k_pages,
             v_pages,
             plan.page_ids,
+            *scales,
             tiles=tiles,
-            layer=jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1),
+            layer=layer,
             window=jnp.asarray(0 if sliding_window is None else sliding_window, jnp.int32),
             sm_scale=jnp.asarray(sm_scale, jnp.float32),
             shape=shape,
@@ -91,6 +105,32 @@ def attend_batch(
     if sinks is not None:
         o, lse = add_sinks(o, lse, sinks.astype(jnp.float32))
     return o.astype(q.dtype), lse
+
+
+def _laid_out(scales: jax.Array, layer: jax.Array) -> jax.Array:
+    """A layer's scales as the kernel reads them.
+
+    XLA turns over what it stores in another order, used or not. That is some copies of 1/64 of the
+    bytes of the layer's pages (of head_dim 128), which by XLA's estimate take a third as long as
+    to read all of those; more, were pages put together that follow each other.
+
+    Args:
+        scales: [L, N, H, P].
+        layer: i32[].
+
+    Returns:
+        [1, N, H, P], or where P is less than 128, [1, Z, H, 128]: in line z the scales of pages z,
+        Z + z, 2 Z + z...
+    """
+    scales = lax.dynamic_slice_in_dim(scales, layer, 1)
+    _, num_pages, heads, page_size = scales.shape
+    if page_size % LANES == 0:
+        return scales
+    together = LANES // page_size
+    lines = -(-num_pages // together // LANES) * LANES
+    scales = jnp.pad(scales[0], ((0, lines * together - num_pages), (0, 0), (0, 0)))
+    scales = scales.reshape(together, lines, heads, page_size).transpose(1, 2, 0, 3)
+    return scales.reshape(1, lines, heads, LANES)
 
 
 def _pack(q: jax.Array, tiles: Tiles, heads: int) -> jax.Array:

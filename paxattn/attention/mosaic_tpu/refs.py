@@ -8,7 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from paxattn.attention.mosaic_tpu.config import CHUNK, Config, lie_across, packed_rows
+from paxattn.attention.mosaic_tpu.config import (
+    CHUNK,
+    LANES,
+    Config,
+    lie_across,
+    packed_rows,
+    scale_heads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,8 @@ class Shape:
         causal: whether a query is blind to later positions.
         window: whether there may be a sliding window.
         soft_cap: on scaled scores, or None.
-        dtype: of queries and pages.
+        dtype: of queries, and what pages are computed in.
+        page_dtype: of pages: `dtype`, or that of quantised ones, which have scales.
         out_dtype: of the result.
     """
 
@@ -37,6 +45,7 @@ class Shape:
     window: bool
     soft_cap: float | None
     dtype: Any
+    page_dtype: Any
     out_dtype: Any
 
     @property
@@ -55,9 +64,24 @@ class Shape:
         return self.config.block_pages * self.page_size
 
     @property
+    def quantized(self) -> bool:
+        """Whether pages have scales."""
+        return self.page_dtype != self.dtype
+
+    @property
     def across(self) -> bool:
         """Whether pages lie as [D, P]: see `config.lie_across`."""
         return lie_across(self.head_dim, self.page_size)
+
+    @property
+    def scale_heads(self) -> int:
+        """Heads whose scales are fetched: the s of `kernel`."""
+        return scale_heads(self.config.block_heads, self.num_kv_heads)
+
+    @property
+    def scale_lanes(self) -> int:
+        """Lanes that a page's scales come in: the S of `kernel`."""
+        return max(self.page_size, LANES)
 
     @property
     def head_blocks(self) -> int:
@@ -79,6 +103,16 @@ class Scalars(NamedTuple):
     sm_scale: Any
 
 
+class Pools(NamedTuple):
+    """What stays in HBM: see `kernel.launch`; scales of quantised pages only."""
+
+    k_pages: Any
+    v_pages: Any
+    page_ids: Any
+    k_scales: Any = None
+    v_scales: Any = None
+
+
 class Scratch(NamedTuple):
     """Memory of the kernel's own.
 
@@ -94,6 +128,11 @@ class Scratch(NamedTuple):
         k_arrived: semaphores, one per block.
         v_arrived: same.
         ids_arrived: same.
+        k_scales: bf16[2, K / P, s, S] as they come, of quantised pages only, like all that follow.
+        v_scales: same.
+        lanes: i32[2, 128] in scalar memory, where each page's begin, if they do not fill the lanes.
+        scales: f32[2, s, K] (128 at least), of the keys and of the values of the block that is
+            computed.
     """
 
     k: Any
@@ -106,3 +145,7 @@ class Scratch(NamedTuple):
     k_arrived: Any
     v_arrived: Any
     ids_arrived: Any
+    k_scales: Any = None
+    v_scales: Any = None
+    lanes: Any = None
+    scales: Any = None

@@ -5,11 +5,13 @@ Letters as in `kernel`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from paxattn.attention.mosaic_tpu.chain import Step
 from paxattn.attention.mosaic_tpu.config import LANES
@@ -31,6 +33,25 @@ class Softmax:
         self.scratch.acc[...] = jnp.zeros_like(self.scratch.acc)
         self.scratch.total[...] = jnp.zeros_like(self.scratch.total)
         self.scratch.top[...] = jnp.full_like(self.scratch.top, NOTHING)
+
+    def place_scales(self, slot: Any) -> None:
+        """Lays the scales of a block's pages side by side, f32: their rows can be taken alone."""
+        scratch, shape = self.scratch, self.shape
+        if not shape.quantized:
+            return
+        size, width = shape.page_size, shape.scale_lanes
+        lane = lax.broadcasted_iota(jnp.int32, (shape.scale_heads, width), 1)
+        for page, (i, pool) in itertools.product(
+            range(shape.config.block_pages), enumerate((scratch.k_scales, scratch.v_scales))
+        ):
+            first = page * size % width
+            place = i, slice(None), pl.ds(page * size - first, width)
+            scales = pool[slot, page].astype(jnp.float32)
+            if size < width:  # it came with other pages: take its own, to where they belong
+                turn = (first - scratch.lanes[slot, page]) % width
+                mine = (lane >= first) & (lane < first + size)
+                scales = jnp.where(mine, pltpu.roll(scales, turn, 1), scratch.scales[place])
+            scratch.scales[place] = scales
 
     def clear_tail(self, at: Step, slot: Any) -> None:
         """Zeroes the values that no query sees: a weight of 0 times what lies there may be NaN."""
@@ -75,14 +96,19 @@ class Softmax:
             seen = self._seen(at, first_row)
 
             def one_head(head: Any, _: None) -> None:
-                scores = self._scores(_dot(q_ref[head, rows], scratch.k[slot, head], 1 - across))
-                scores = jnp.where(seen, scores, HIDDEN)
+                keys = scratch.k[slot, head].astype(shape.dtype)
+                products = _dot(q_ref[head, rows], keys, 1 - across)
+                if shape.quantized:
+                    products = products * self._scales(0, at, head)
+                scores = jnp.where(seen, self._as_exponents(products), HIDDEN)
                 before = scratch.top[head, rows][:, :1]
                 top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
                 weights, fade = jnp.exp2(scores - top), jnp.exp2(before - top)
                 total = fade * scratch.total[head, rows][:, :1] + weights.sum(axis=1, keepdims=True)
-                values = scratch.v[slot, head]
-                added = _dot(weights.astype(values.dtype), values, across)
+                if shape.quantized:  # (the scale of a token that is not seen may be NaN)
+                    weights = jnp.where(seen, weights * self._scales(1, at, head), 0.0)
+                values = scratch.v[slot, head].astype(shape.dtype)
+                added = _dot(weights.astype(shape.dtype), values, across)
                 scratch.acc[head, rows] = fade * scratch.acc[head, rows] + added
                 scratch.top[head, rows] = jnp.broadcast_to(top, (shape.chunk, LANES))
                 scratch.total[head, rows] = jnp.broadcast_to(total, (shape.chunk, LANES))
@@ -92,12 +118,18 @@ class Softmax:
         live = self.given.lens[at.tile] * shape.group
         lax.fori_loop(0, (live + shape.chunk - 1) // shape.chunk, one_chunk, None)
 
+    def _scales(self, which: int, at: Step, head: Any) -> Any:
+        """A head's scales of a block's keys (0) or values (1): f32[1, K]."""
+        shape = self.shape
+        row = at.head_block * shape.config.block_heads % shape.scale_heads + head
+        return self.scratch.scales[which, pl.ds(row, 1), pl.ds(0, shape.tokens)]
+
     def _each_head(self, body: Any) -> None:
         # Unrolled, the heads' small matrices overlap; large ones fill the units by themselves.
         heads = self.shape.config.block_heads
         lax.fori_loop(0, heads, body, None, unroll=self.shape.rows <= 16)
 
-    def _scores(self, products: Any) -> Any:
+    def _as_exponents(self, products: Any) -> Any:
         """`q . k` as what softmax exponentiates, in base 2."""
         scale, cap = self.given.sm_scale[0], self.shape.soft_cap
         if cap is None:

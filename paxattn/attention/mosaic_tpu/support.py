@@ -50,8 +50,6 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that TPUs compute with: {' or '.join(config.DTYPES)}"
         )
-    if request.page_dtype is not None:
-        raise NotImplementedError(f"its kernel reads no quantised pages ({request.page_dtype})")
     if request.head_dim not in config.HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {config.HEAD_DIMS}")
     if request.page_size % 16:
@@ -62,6 +60,11 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"pages of head_dim={request.head_dim} do not fill a TPU's 128 lanes, so XLA stores "
             f"the pool in an order of its own: page_size={request.page_size} must be 128 or 256"
+        )
+    if request.page_dtype is not None and request.page_size not in config.QUANTIZED_PAGE_SIZES:
+        raise NotImplementedError(
+            f"page_size={request.page_size} of {request.page_dtype} pages is not one of "
+            f"{config.QUANTIZED_PAGE_SIZES}, whose scales fill a TPU's 128 lanes"
         )
     group = request.num_q_heads // request.num_kv_heads
     if group > config.MAX_GROUP:
@@ -86,6 +89,7 @@ def _configs(request: Request) -> tuple[config.Config, config.Config | None]:
         head_dim=request.head_dim,
         page_size=request.page_size,
         dtype=request.dtype,
+        page_dtype=request.page_dtype,
     )
     few = config.choose(block_q=short, **common)
     if short == request.max_q_len:
