@@ -4,7 +4,8 @@ A quantised number stands for ``number * scale``. The scale of a token's K (or V
 largest magnitude over the largest number of the format, so that neither end of the range is lost
 and a token's numbers never depend on another's: pages may be appended to, copied, shared, cut and
 left behind without touching what they hold. That is also what a kernel can afford: the scale of a
-key goes to a column of scores and that of a value to a column of probabilities, not to elements.
+key goes to a column of scores and that of a value to a column of probabilities (so does the decode
+kernel for Hopper), or each to a row of numbers as these are widened (so do the other kernels).
 Scales are bf16, the exponents of f32 in half of its bytes; numbers are divided by the scale as it
 was rounded, so that its rounding costs nothing. With them a token of a head takes 66 bytes instead
 of the 128 of bf16 (head_dim 64; 130 instead of 256 for 128): 1.94 (1.97) times as many tokens.

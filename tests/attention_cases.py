@@ -172,6 +172,19 @@ def exact(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, k_pages=k, v_pages=v, k_scales=None, v_scales=None)
 
 
+def rounded(inputs: Inputs) -> Inputs:
+    """The same with pages of floats: what quantised numbers stand for, in the case's dtype."""
+    if inputs.k_scales is None:
+        return inputs
+
+    def restore(pages: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        exact = pages.astype(np.float32) * scales.astype(np.float32)[..., None]
+        return exact.astype(DTYPES[inputs.case.dtype])
+
+    k, v = restore(inputs.k_pages, inputs.k_scales), restore(inputs.v_pages, inputs.v_scales)
+    return dataclasses.replace(inputs, k_pages=k, v_pages=v, k_scales=None, v_scales=None)
+
+
 def leave_behind(inputs: Inputs) -> Inputs:
     """Takes the pages away that no query's sliding window reaches."""
     case, tables, owned = inputs.case, inputs.block_tables.copy(), inputs.owned.copy()

@@ -14,7 +14,13 @@ import pytest
 
 from paxattn.attention import checks
 from paxattn.attention.mosaic_gpu import plan, support
-from paxattn.attention.mosaic_gpu.config import HEAD_DIMS, Config, short_q_len
+from paxattn.attention.mosaic_gpu.config import (
+    HEAD_DIMS,
+    QUANTIZED_HEAD_DIMS,
+    Config,
+    short_q_len,
+)
+from paxattn.attention.mosaic_gpu.config import max_rows as most_rows
 from paxattn.attention.mosaic_gpu.portable.config import max_rows
 from paxattn.attention.mosaic_gpu.prefill_config import default_config
 
@@ -66,10 +72,10 @@ def call(
     arrays = [jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages)]
     request = checks.check(*arrays, **options)
     if short is None:
-        most = None if card is None else max_rows(case.head_dim)
-        short = short_q_len(request.max_q_len, case.heads[0] // case.heads[1], case.head_dim, most)
+        short = longest_short(case, request.max_q_len, card)
     sizes = Config(block_kv=block_kv, stages=stages, num_cores=cores, split=split)
-    prefill = prefill or default_config(head_dim=case.head_dim, num_sms=ctas)
+    wide = card is None and case.page_dtype is not None
+    prefill = prefill or default_config(head_dim=case.head_dim, num_sms=ctas, quantized=wide)
     made = plan.plan_batch(
         **{k: options[k] for k in ("block_tables", "kv_lens", "cu_q_lens", "sliding_window")},
         request=request,
@@ -87,11 +93,25 @@ def call(
     )
 
 
+def longest_short(case, max_q_len, card=None):
+    """New tokens that a row may have for the decode kernel."""
+    most = most_rows(case.head_dim, quantized=case.page_dtype is not None)
+    most = most if card is None else max_rows(case.head_dim)
+    return short_q_len(max_q_len, case.heads[0] // case.heads[1], case.head_dim, most)
+
+
+def long_tokens(case):
+    """bool[T], which tokens the prefill kernel for Hopper serves in a mixed batch."""
+    short = longest_short(case, max(*case.q_lens, 1))
+    return np.repeat([*(n > short for n in case.q_lens), False], [*case.q_lens, case.padding])
+
+
 def grid(page_sizes=support.PAGE_SIZES):
     """What of the full grid the kernels serve, 16-bit and of short rows (0.1 s per block)."""
     served = {}
-    for case in cases.full_grid():
-        if case.head_dim in HEAD_DIMS and case.page_size in page_sizes:
+    for case in (*cases.full_grid(), *cases.quantized_grid()):
+        head_dims = HEAD_DIMS if case.page_dtype is None else QUANTIZED_HEAD_DIMS
+        if case.head_dim in head_dims and case.page_size in page_sizes:
             few = [i for i, n in enumerate(case.kv_lens) if n <= 1100][:5]
             case = dataclasses.replace(
                 case,
@@ -117,9 +137,14 @@ def run(inputs, **options):
     return as_float64(inputs, call(inputs, **options))
 
 
-def check(inputs, got, served=None):
-    """Compares with the oracle; of tokens that are not `served` (bool[T]), with nothing."""
+def check(inputs, got, served=None, widened=False):
+    """Compares with the oracle; of tokens that are not `served` (bool[T]), with nothing.
+
+    Queries that are `widened` (bool[T]) read quantised pages rounded to their dtype.
+    """
     (o, lse), (want_o, want_lse) = got, cases.oracle(inputs)
+    for want, other in zip((want_o, want_lse), cases.oracle(cases.rounded(inputs)), strict=True):
+        want[:] = np.where(np.reshape(widened, (-1,) + (1,) * (want.ndim - 1)), other, want)
     if served is not None:
         want_o[~served], want_lse[~served] = 0.0, -np.inf
     # (Quantised numbers, and with them the queries, become what the hardware converts them to.)

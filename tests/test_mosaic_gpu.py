@@ -35,7 +35,7 @@ MIXED = (
     # decode, speculation, chunked prefill and idle rows in one batch
     Case(
         q_lens=(1, 20, 0, 3, 1), kv_lens=(130, 90, 9, 70, 0), **BF16, heads=(16, 2), padding=3,
-        layers=2, sinks=True, soft_cap=30.0, window=77,
+        layers=2, sinks=True, soft_cap=30.0, window=77, page_dtype="int8",
     ),
     Case(q_lens=(17, 1), kv_lens=(20, 65), **F16, heads=(24, 1), head_dim=80, page_size=8),
     # (a group too large for the decode kernel: the prefill kernel serves all rows)
@@ -47,7 +47,7 @@ MIXED = (
 @pytest.mark.parametrize("case", MIXED, ids=str)
 def test_a_mixed_batch(case):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs)))
+    check(inputs, run(cases.poison(inputs)), widened=gpu_interpreter.long_tokens(case))
 
 
 @interpreted
@@ -55,7 +55,7 @@ def test_a_mixed_batch(case):
 @pytest.mark.parametrize("case", gpu_interpreter.grid(), ids=str)
 def test_whole_grid(case):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs)))
+    check(inputs, run(cases.poison(inputs)), widened=gpu_interpreter.long_tokens(case))
 
 
 @interpreted

@@ -167,9 +167,9 @@ FEW = [
     dict(rows=48, head_dim=128, page_size=16, soft_cap=50.0),
     dict(rows=64, head_dim=64, page_size=32, dtype=jnp.float16),
     dict(rows=8, head_dim=128, page_size=16, page_dtype=jnp.float8_e4m3fn),
-    dict(rows=16, head_dim=64, page_size=8, page_dtype=jnp.int8, soft_cap=50.0),
     dict(rows=16, head_dim=128, page_size=16, page_dtype=jnp.int8, soft_cap=50.0),
     dict(rows=48, head_dim=128, page_size=128, page_dtype=jnp.int8),
+    dict(rows=16, head_dim=256, page_size=8, page_dtype=jnp.int8, soft_cap=50.0),
 ]
 ALL = [
     dict(rows=rows, head_dim=head_dim, page_size=page_size, **more)
@@ -188,7 +188,7 @@ ALL = [
         support.PAGE_SIZES,
         (dict(page_dtype=jnp.float8_e4m3fn), dict(page_dtype=jnp.int8, soft_cap=50.0)),
     )
-    if rows <= config.max_rows(head_dim)
+    if rows <= config.max_rows(head_dim, quantized=True)
 ]
 if jax.__version_info__ < (0, 11):  # which declines quantised pages
     FEW, ALL = ([case for case in cases if "page_dtype" not in case] for cases in (FEW, ALL))

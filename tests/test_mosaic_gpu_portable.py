@@ -6,6 +6,7 @@ plain copies: that waits are long enough there is tested by a stand-in for `cp.a
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -20,7 +21,7 @@ from gpu_interpreter import as_float64, call, check, interpreted, run
 
 from paxattn.attention import tuning
 from paxattn.attention.checks import Request
-from paxattn.attention.mosaic_gpu import config, support, tunable
+from paxattn.attention.mosaic_gpu import common, config, support, tunable
 from paxattn.attention.mosaic_gpu.portable import cards, fold, ring
 from paxattn.attention.mosaic_gpu.portable import config as portable
 from paxattn.attention.mosaic_gpu.prefill_config import Config as PrefillConfig
@@ -30,6 +31,8 @@ from paxattn.attention.target import Target
 pytestmark = pytest.mark.timeout(240)
 CARDS = {"tma": cards.card_of("NVIDIA B200"), "cp.async": cards.card_of("NVIDIA A100-SXM4-80GB")}
 B200 = CARDS["tma"]
+NEW = jax.__version_info__ >= (0, 11)
+NEEDS_NEW = pytest.mark.skipif(not NEW, reason="the portable kernels need jax 0.11")
 BF16, F16 = dict(dtype="bfloat16"), dict(dtype="float16")
 EDGES = dict(q_lens=(1, 0, 1, 1, 1, 0), kv_lens=(1, 0, 15, 16, 17, 40), max_q_len=1)
 
@@ -49,7 +52,7 @@ def slow(*args, **options):
 
 
 DECODE = (
-    Case(**EDGES, **BF16, padding=2, layers=2, window=64),
+    Case(**EDGES, **BF16, page_dtype="int8", padding=2, layers=2, window=64, page_size=8),
     # (a unit in many pieces, soft cap, sinks, a window that begins inside a page)
     Case(
         q_lens=(1, 1), kv_lens=(523, 37), **F16, max_q_len=1, heads=(4, 1), soft_cap=50.0,
@@ -65,6 +68,7 @@ DECODE = (
     ),
     slow(q_lens=(9, 1, 1), kv_lens=(5, 0, 70), **BF16, heads=(4, 2), padding=3),
     Case(q_lens=(4, 4), kv_lens=(30, 5), **BF16, causal=False, page_size=64, heads=(15, 1)),
+    slow(q_lens=(5, 1), kv_lens=(18, 130), **F16, page_dtype="float8_e4m3fn", page_size=128),
 )  # fmt: skip
 PREFILL = (
     # (rows without tokens or queries, queries before their sequence's start, several items per CTA)
@@ -80,34 +84,47 @@ PREFILL = (
     Case(q_lens=(50,), kv_lens=(450,), **BF16, heads=(3, 1), head_dim=128, window=290, page_size=8),
     slow(q_lens=(5,), kv_lens=(300,), **BF16, heads=(14, 2), causal=False, soft_cap=5.0),
     Case(q_lens=(40,), kv_lens=(170,), **F16, heads=(2, 1), head_dim=256, page_size=128, window=70),
+    Case(
+        q_lens=(40,),
+        kv_lens=(170,),
+        **BF16,
+        page_dtype="float8_e4m3fn",
+        heads=(2, 1),
+        head_dim=128,
+        page_size=128,
+    ),
 )
 MIXED = Case(
     q_lens=(1, 40, 0, 3, 1), kv_lens=(130, 90, 9, 70, 0), **BF16, heads=(16, 2), padding=3,
     layers=2, sinks=True, soft_cap=30.0, window=77,
 )  # fmt: skip
+MIXED_BY_COPIES = {
+    "tma": MIXED,
+    "cp.async": dataclasses.replace(MIXED, page_dtype="int8"),
+}
 
 
 @interpreted
 @pytest.mark.parametrize("case", DECODE, ids=str)
 def test_decode_matches_oracle_and_reads_no_poison(case):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs), card=B200))
+    check(inputs, run(cases.poison(inputs), card=B200), widened=True)
 
 
 @interpreted
 @pytest.mark.parametrize("case", PREFILL, ids=str)
 def test_prefill_matches_oracle_and_reads_no_poison(case):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs), card=B200, short=0))
+    check(inputs, run(cases.poison(inputs), card=B200, short=0), widened=True)
 
 
 @interpreted
 @pytest.mark.parametrize("copies", CARDS)
 def test_a_mixed_batch_in_other_block_sizes(copies):
-    inputs = cases.make(MIXED)
+    inputs = cases.make(MIXED_BY_COPIES[copies])
     prefill = PrefillConfig(block_kv=32, stages=3, num_ctas=4)
     got = run(cases.poison(inputs), card=CARDS[copies], block_kv=32, stages=3, prefill=prefill)
-    check(inputs, got)
+    check(inputs, got, widened=True)
 
 
 @interpreted
@@ -116,7 +133,7 @@ def test_a_mixed_batch_in_other_block_sizes(copies):
 @pytest.mark.parametrize("case", gpu_interpreter.grid(), ids=str)
 def test_whole_grid(case, copies):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs), card=CARDS[copies]))
+    check(inputs, run(cases.poison(inputs), card=CARDS[copies]), widened=True)
 
 
 @interpreted
@@ -241,34 +258,55 @@ class Device:
 
 
 @pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize(("stages", "blocks"), [(2, 1), (2, 4), (3, 2), (3, 5), (4, 3), (4, 6)])
-def test_waits_are_long_enough_for_cp_async(monkeypatch, late, stages, blocks):
+@pytest.mark.parametrize(
+    ("stages", "blocks", "page_dtype"),
+    [
+        (2, 1, None), (2, 4, None), (3, 2, None), (3, 5, None), (4, 3, None), (4, 6, None),
+        pytest.param(2, 3, "int8", marks=NEEDS_NEW), pytest.param(3, 5, "int8", marks=NEEDS_NEW),
+    ],
+)  # fmt: skip
+def test_waits_are_long_enough_for_cp_async(monkeypatch, late, stages, blocks, page_dtype):
     """A tile of a job reads each block when it has come, and none that has been overwritten."""
     device, rng = Device(late=late), np.random.default_rng(0)
     for module in (fold, ring):
         monkeypatch.setattr(module, "plgpu", device)
-    monkeypatch.setattr(fold, "load", lambda ref, layout: jnp.asarray(ref.array))
-    monkeypatch.setattr(fold, "store", lambda ref, x: ref.array.__setitem__(..., np.asarray(x)))
-    rows, dim, page, block = 32, 16, 8, 32
+    for module in (fold, ring, common):
+        monkeypatch.setattr(module, "load", lambda ref, layout: jnp.asarray(ref.array))
+    for module in (fold, common):
+        monkeypatch.setattr(
+            module, "store", lambda ref, x: ref.array.__setitem__(..., np.asarray(x))
+        )
+    rows, dim, page, block = 32, 64, 8, 32
     t = ring.Tile(
         rows=rows, head_dim=dim, page_size=page, num_pages=40, max_pages=24, group=1, causal=False,
         window=False, soft_cap=None, dtype=np.float16, block_kv=block, stages=stages, tma=False,
-        interpret=False,
+        interpret=False, page_dtype=page_dtype,
     )  # fmt: skip
     tokens = blocks * block - 5
     pool = rng.standard_normal((2, 1, 40, 1, page, dim)).astype(np.float16)
     table = rng.permutation(40)[:24].astype(np.int32)
-    scale = jnp.float32(0.25 * math.log2(math.e))
-    pools = ring.Pools(Memory(pool[0]), Memory(pool[1]), Memory(table[None]), 0, 1, scale)
-    empty = [np.full(s, np.nan, np.float16) for s in ((stages, block, dim),) * 2 + ((rows, block),)]
+    scale = jnp.float32(0.125 * math.log2(math.e))
+    given, scales, narrow = pool, (), np.float16
+    if page_dtype is not None:
+        given, scales = cases.quantize(pool, page_dtype)
+        narrow, pool = given.dtype, given * scales.astype(np.float32)[..., None]
+        held = np.isin(np.arange(40), table[: -(-tokens // page)])
+        scales = np.where(held[:, None, None], scales, np.asarray(np.nan, scales.dtype))
+        scales[:, :, table[tokens // page], :, tokens % page :] = np.nan
+    pools = ring.Pools(*map(Memory, given), Memory(table[None]), 0, 1, scale, *map(Memory, scales))
+    nothing = np.nan if page_dtype is None else 99
+    empty = [np.full((stages, block, dim), nothing, narrow) for _ in range(2)]
+    empty.append(np.full((rows, block), np.nan, np.float16))
+    wide = Memory(np.full((block, dim), np.nan, np.float16))
     zero = jnp.int32(0)
     walk = Walk(zero, jnp.int32(blocks), plain=zero, num_plain=jnp.int32(blocks - 1))
     job = ring.Job(zero, zero, jnp.int32(tokens), zero, zero, walk)
     q = rng.standard_normal((rows, dim)).astype(np.float16)
     with jax.disable_jit(), jax.numpy_dtype_promotion("standard"):
-        acc, total, _ = fold.attend(t, pools, ring.Ring(*map(Memory, empty)), job, Memory(q))
+        smem = ring.Ring(*map(Memory, empty), wide=wide)
+        acc, total, _ = fold.attend(t, pools, smem, job, Memory(q))
     k, v = (x[0, table, 0].reshape(-1, dim)[:tokens].astype(np.float64) for x in pool)
-    s = q.astype(np.float64) @ k.T * 0.25
+    s = q.astype(np.float64) @ k.T * 0.125
     p = np.exp(s - s.max(1, keepdims=True))
     got = np.concatenate(acc, axis=1) / np.asarray(total)[:, None]
     np.testing.assert_allclose(got, p / p.sum(1, keepdims=True) @ v, atol=2e-3)
@@ -287,7 +325,6 @@ def request(**changes):
     return Request(**given | changes)
 
 
-NEW = jax.__version_info__ >= (0, 11)
 A100 = Target(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB")
 
 
@@ -319,7 +356,7 @@ def test_each_card_is_told_its_kernels_or_why_not(kind, reason):
     assert re.search(reason, told), told
 
 
-@pytest.mark.skipif(not NEW, reason="the portable kernels need jax 0.11")
+@NEEDS_NEW
 def test_requests_are_told_which_kernel_serves():
     def told(**changes):
         return support.check(request(**changes), A100)
@@ -335,26 +372,28 @@ def test_requests_are_told_which_kernel_serves():
         (dict(page_size=256), "page_size=256"),
         (dict(ancestors=True), "ancestor masks"),
         (dict(head_dim=80, page_size=16), "page_size=16 with head_dim=80"),
+        (dict(page_dtype="int8", head_dim=192), r"head_dim=192 with quantised pages \(int8\)"),
+        (dict(page_dtype="float8_e4m3fn"), "sm_80 has no instruction that converts fp8"),
     ):
         with pytest.raises(NotImplementedError, match=reason):
             told(**changes)
 
 
 def test_candidates_fit_and_the_heuristic_is_one_of_them():
-    for card in {card for _, card in cards._CARDS}:
-        for head_dim in config.HEAD_DIMS:
-            for page_size in support.PAGE_SIZES:
-                for rows in (16, 32, portable.max_rows(head_dim)):
-                    sizes = dict(rows=rows, head_dim=head_dim)
-                    found = portable.decode_configs(card, page_size=page_size, **sizes)
-                    assert len(found) == len(set(found)) > 0
-                    for one in found:
-                        needed = portable.shared_bytes(
-                            block_kv=one.block_kv, stages=one.stages, **sizes
-                        )
-                        per_sm = one.num_cores // card.num_sms
-                        assert per_sm * (needed + 1024) < card.shared_bytes
-                assert portable.prefill_configs(card, head_dim=head_dim, page_size=page_size)
+    for card, head_dim, page_size, quantized in itertools.product(
+        {card for _, card in cards._CARDS}, config.HEAD_DIMS, support.PAGE_SIZES, (False, True)
+    ):
+        common = dict(head_dim=head_dim, quantized=quantized)
+        for rows in (16, 32, portable.max_rows(head_dim)):
+            found = portable.decode_configs(card, page_size=page_size, rows=rows, **common)
+            assert len(found) == len(set(found)) > 0
+            for one in found:
+                needed = portable.shared_bytes(
+                    block_kv=one.block_kv, stages=one.stages, rows=rows, **common
+                )
+                per_sm = one.num_cores // card.num_sms
+                assert per_sm * (needed + 1024) < card.shared_bytes
+        assert portable.prefill_configs(card, page_size=page_size, **common)
     split = portable.decode_configs(B200, rows=16, head_dim=128, page_size=16, split=96)
     assert {one.block_kv for one in split} == {32}
 

@@ -36,28 +36,32 @@ VARIANTS = {
     "plain": dict(dtype=jnp.bfloat16, soft_cap=None, window=False, causal=True),
     "capped": dict(dtype=jnp.float16, soft_cap=50.0, window=True, causal=True),
     "open": dict(dtype=jnp.bfloat16, soft_cap=None, window=False, causal=False),
+    "int8": dict(dtype=jnp.bfloat16, soft_cap=None, window=False, causal=True),
+    "fp8": dict(dtype=jnp.float16, soft_cap=50.0, window=True, causal=True),
 }
+PAGES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}  # of variants with quantised ones
 shape = jax.ShapeDtypeStruct
 
 
-def given(head_dim, page_size, dtype):
-    pages = shape((2, N, HEADS, page_size, head_dim), dtype)
-    lens = shape((R,), jnp.int32)
-    scalar = shape((), jnp.int32)
-    return pages, shape((R, M), jnp.int32), lens, scalar
+def given(head_dim, page_size, dtype, page_dtype=None):
+    """Pages of K and V (and scales), block tables, lengths, a scalar."""
+    pages = [shape((2, N, HEADS, page_size, head_dim), page_dtype or dtype)] * 2
+    if page_dtype is not None:
+        pages += [shape(pages[0].shape[:-1], jnp.bfloat16)] * 2
+    return pages, shape((R, M), jnp.int32), shape((R,), jnp.int32), shape((), jnp.int32)
 
 
-def decode(card, rows, head_dim, page_size, chosen, *, dtype, **options):
+def decode(card, rows, head_dim, page_size, chosen, *, dtype, page_dtype=None, **options):
     """The decode kernel alone, and the merging."""
     from paxattn.attention.mosaic_gpu.portable.decode import attend_units
     from paxattn.attention.mosaic_gpu.portable.ring import Tile
 
-    pages, tables, lens, scalar = given(head_dim, page_size, dtype)
+    pages, tables, lens, scalar = given(head_dim, page_size, dtype, page_dtype)
     sizes = dict(block_kv=chosen.block_kv, num_cores=chosen.num_cores)
     tile = Tile(
         rows=rows, head_dim=head_dim, page_size=page_size, num_pages=N, max_pages=M, group=GROUP,
         dtype=dtype, block_kv=chosen.block_kv, stages=chosen.stages, tma=card.tma, interpret=False,
-        **options,
+        page_dtype=page_dtype, **options,
     )  # fmt: skip
     made = jax.eval_shape(
         functools.partial(
@@ -76,14 +80,14 @@ def decode(card, rows, head_dim, page_size, chosen, *, dtype, **options):
             q, *pages, **arrays, tile=tile, num_cores=chosen.num_cores, out_dtype=dtype
         )
 
-    return run, (q, (pages, pages), arrays)
+    return run, (q, pages, arrays)
 
 
-def prefill(card, rows, head_dim, page_size, chosen, *, dtype, window, **options):
+def prefill(card, rows, head_dim, page_size, chosen, *, dtype, window, page_dtype=None, **options):
     """The prefill kernel, for rows that are cut already."""
     from paxattn.attention.mosaic_gpu.prefill import prefill_attention
 
-    pages, tables, lens, scalar = given(head_dim, page_size, dtype)
+    pages, tables, lens, scalar = given(head_dim, page_size, dtype, page_dtype)
     ends = shape((R + 1,), jnp.int32)
     cut = functools.partial(
         prefill_tiles.cut, window=None, causal=True, num_tokens=T, group=GROUP,
@@ -99,7 +103,7 @@ def prefill(card, rows, head_dim, page_size, chosen, *, dtype, window, **options
     def run(q, pages, arrays):
         return prefill_attention(q, *pages, **arrays, **options, config=chosen, card=card)
 
-    return run, (q, (pages, pages), arrays)
+    return run, (q, pages, arrays)
 
 
 def extremes(configs):
@@ -116,11 +120,17 @@ def grid():
     for target, (kernel, rows), head_dim, page_size, variant in itertools.product(
         CARDS, kernels, config.HEAD_DIMS, (8, 16, 128), VARIANTS
     ):
-        if page_size != 16 and variant != "capped":
+        quantized = variant in PAGES
+        if page_size != 16 and variant not in ("capped", "fp8", "int8"):
             continue
-        card, sizes = CARDS[target], dict(head_dim=head_dim, page_size=page_size)
+        if (quantized and head_dim not in config.QUANTIZED_HEAD_DIMS) or (
+            (target, variant) == ("a100", "fp8")
+        ):
+            continue
+        card = CARDS[target]
+        sizes = dict(head_dim=head_dim, page_size=page_size, quantized=quantized)
         try:
-            portable.swizzle(min(page_size, 32), head_dim, tma=card.tma)
+            portable.swizzle(min(page_size, 32), head_dim, by_warps=quantized or not card.tma)
         except NotImplementedError:
             continue
         most = portable.max_rows(head_dim)
@@ -146,11 +156,12 @@ def grid():
 GRID = dict(grid())
 
 
-def whole_op():
+def whole_op(page_dtype=None):
     """Mixed batches by the public op, with every option."""
-    pages, tables, lens, scalar = given(128, 16, jnp.float16)
-    arrays = dict(
-        q=shape((T, HEADS * GROUP, 128), jnp.float16), k_pages=pages, v_pages=pages,
+    pages, tables, lens, scalar = given(128, 16, jnp.float16, page_dtype)
+    scales = dict(zip(("k_scales", "v_scales"), pages[2:], strict=False))
+    arrays = scales | dict(
+        q=shape((T, HEADS * GROUP, 128), jnp.float16), k_pages=pages[0], v_pages=pages[1],
         block_tables=tables, kv_lens=lens, cu_q_lens=shape((R + 1,), jnp.int32), layer=scalar,
         sliding_window=scalar, sinks=shape((HEADS * GROUP,), jnp.float32),
     )  # fmt: skip
@@ -158,12 +169,19 @@ def whole_op():
     return lambda arrays: paged_attention(**arrays, **options), (arrays,)
 
 
+OPS = {"whole_op": None, "int8_op": jnp.int8, "fp8_op": jnp.float8_e4m3fn}
+BY_DEFAULT = {  # (fp8 is not for Ampere)
+    "a100": ["whole_op", "int8_op"], "rtx4090": ["fp8_op"], "b200": ["whole_op"],
+    "rtx5090": ["int8_op"],
+}  # fmt: skip
+
+
 def program(name):
     """For the process that compiles: `(function, arguments)`."""
-    if name == "whole_op":
-        return whole_op()
+    if name in OPS:
+        return whole_op(OPS[name])
     target, kernel, *case, variant = GRID[name]
-    return kernel(CARDS[target], *case, **VARIANTS[variant])
+    return kernel(CARDS[target], *case, **VARIANTS[variant], page_dtype=PAGES.get(variant))
 
 
 def check(card, kernel, facts, per_sm):
@@ -178,28 +196,28 @@ def check(card, kernel, facts, per_sm):
 
 @pytest.mark.parametrize("target", CARDS)
 def test_kernels_within_budget(target):
-    """All three of them, as the heuristics choose."""
-    facts = gpu_compile.compile_programs("test_mosaic_gpu_portable_compile", ["whole_op"], target)[
-        "whole_op"
-    ]
-    card, sizes = CARDS[target], dict(head_dim=128, page_size=16)
-    per_sm = {
-        "portable_decode": portable.decode_configs(card, rows=16, **sizes)[0].num_cores,
-        "portable_prefill": portable.prefill_configs(card, **sizes)[0].num_ctas,
-    }
-    for name, num_ctas in per_sm.items():
-        (found,) = (kernel for kernel in facts["kernels"] if kernel["name"] == name)
-        check(card, name, {"kernels": [found]}, num_ctas // card.num_sms)
-    assert {kernel["name"] for kernel in facts["kernels"]} == {*per_sm, "merge_parts"}
-    assert sum(kernel["spills"] for kernel in facts["kernels"]) == 0
-    assert facts["temp"] < N * HEADS * 16 * 128 * 2 * 2  # (no copy of the pool)
+    """All three of them, as the heuristics choose, with pages of floats or quantised ones."""
+    ops = BY_DEFAULT[target]
+    found = gpu_compile.compile_programs("test_mosaic_gpu_portable_compile", ops, target)
+    for op, facts in found.items():
+        card, sizes = CARDS[target], dict(head_dim=128, page_size=16, quantized=op != "whole_op")
+        per_sm = {
+            "portable_decode": portable.decode_configs(card, rows=16, **sizes)[0].num_cores,
+            "portable_prefill": portable.prefill_configs(card, **sizes)[0].num_ctas,
+        }
+        named = {kernel["name"]: kernel for kernel in facts["kernels"]}
+        for name, num_ctas in per_sm.items():
+            check(card, name, {"kernels": [named[name]]}, num_ctas // card.num_sms)
+        assert {*per_sm} <= {*named} <= {*per_sm, "merge_parts"}
+        assert sum(kernel["spills"] for kernel in named.values()) == 0
+        assert facts["temp"] < N * HEADS * 16 * 128 * 2 * 2  # (no copy of the pool)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", CARDS)
-@pytest.mark.parametrize("part", range(20))
+@pytest.mark.parametrize("part", range(28))
 def test_whatever_can_be_chosen_is_within_budget(part, target):
-    names = [name for name, (its, *_) in GRID.items() if its == target][part::20]
+    names = [name for name, (its, *_) in GRID.items() if its == target][part::28]
     found = gpu_compile.compile_programs("test_mosaic_gpu_portable_compile", names, target)
     for name in names:
         _, kernel, *_, one, _ = GRID[name]

@@ -49,6 +49,15 @@ CASES = (
     # (blocks of 64 tokens: half a page each)
     Case(q_lens=(40,), kv_lens=(170,), **BF16, heads=(2, 1), head_dim=256, page_size=128),
     Case(q_lens=(33,), kv_lens=(290,), **F16, heads=(2, 1), page_size=256, window=70),
+    # quantised pages
+    Case(
+        q_lens=(3, 70, 0, 9), kv_lens=(10, 163, 40, 5), **BF16, page_dtype="int8", heads=(2, 1),
+        layers=2, padding=5,
+    ),
+    Case(
+        q_lens=(50,), kv_lens=(450,), **F16, page_dtype="float8_e4m3fn", heads=(3, 1),
+        head_dim=128, window=290, page_size=8, soft_cap=50.0,
+    ),
 )  # fmt: skip
 
 
@@ -56,7 +65,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_oracle_and_reads_no_poison(case):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs)))
+    check(inputs, run(cases.poison(inputs)), widened=True)
 
 
 GRID = dict.fromkeys(
@@ -80,7 +89,7 @@ def declined(case):
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_whole_grid(case):
     inputs = cases.make(case)
-    check(inputs, run(cases.poison(inputs), ctas=3))
+    check(inputs, run(cases.poison(inputs), ctas=3), widened=True)
 
 
 MIXED = Case(q_lens=(1, 40, 0, 20, 2), kv_lens=(30, 70, 9, 20, 90), **BF16, heads=(4, 1), padding=3)
@@ -294,6 +303,7 @@ def test_the_deal_gives_every_item_to_one_cta(ctas, together):
         (dict(head_dim=72), "head_dim=72"),
         (dict(page_size=5), "page_size=5"),
         (dict(page_size=24), "page_size=24"),
+        (dict(page_dtype="int8", head_dim=256), "head_dim=256 with quantised pages (int8)"),
     ],
 )
 def test_declines_name_the_reason(changes, reason):

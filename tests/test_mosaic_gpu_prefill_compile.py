@@ -31,7 +31,8 @@ def program(name):
 
     case = dict(group=4, dtype=jnp.bfloat16, causal=True, window=False, soft_cap=None) | CASES[name]
     head_dim, dtype, shape = case["head_dim"], case["dtype"], jax.ShapeDtypeStruct
-    pages = shape((L, N, HEADS, case["page_size"], head_dim), dtype)
+    page_dtype = case.get("page_dtype")
+    pages = shape((L, N, HEADS, case["page_size"], head_dim), page_dtype or dtype)
     arrays = [shape((T, HEADS * case["group"], head_dim), dtype), pages, pages]
     batch = dict(
         block_tables=shape((R, M), jnp.int32),
@@ -40,9 +41,12 @@ def program(name):
         sliding_window=shape((), jnp.int32) if case["window"] else None,
     )
     given = dict(layer=shape((), jnp.int32), sm_scale=shape((), jnp.float32), sinks=None)
+    if page_dtype is not None:
+        given["k_scales"] = given["v_scales"] = shape(pages.shape[:-1], jnp.bfloat16)
     options = dict(causal=case["causal"], soft_cap=case["soft_cap"])
-    request = checks.check(*arrays, **batch, layer=given["layer"], **options)
-    config = prefill_config.default_config(head_dim=head_dim)
+    scales = {name: given[name] for name in ("k_scales", "v_scales") if name in given}
+    request = checks.check(*arrays, **batch, **scales, layer=given["layer"], **options)
+    config = prefill_config.default_config(head_dim=head_dim, quantized=page_dtype is not None)
 
     def run(arrays, batch, given):
         plan = plan_batch(**batch, request=request, short_q_len=0, decode=None, prefill=config)
@@ -63,14 +67,23 @@ ALL = [
     for head_dim, page_size, more in itertools.product(
         prefill_config.HEAD_DIMS, (8, 16, 32, 64, 128, 256), OPTIONS
     )
+] + [
+    dict(head_dim=head_dim, page_size=page_size, **more, page_dtype=page_dtype)
+    for head_dim, page_size, (more, page_dtype) in itertools.product(
+        (64, 128),
+        (8, 16, 32, 64, 128, 256),
+        zip(OPTIONS, (jnp.int8, jnp.float8_e4m3fn) * 2, strict=True),
+    )
 ]
 FEW = [
     dict(head_dim=128, page_size=16),
-    dict(head_dim=128, page_size=8, **OPTIONS[1]),
+    dict(head_dim=128, page_size=8, **OPTIONS[1], page_dtype=jnp.float8_e4m3fn),
     dict(head_dim=64, page_size=128, **OPTIONS[2]),
     dict(head_dim=80, page_size=32, **OPTIONS[3]),
     dict(head_dim=256, page_size=8, **OPTIONS[1]),
 ]
+if jax.__version_info__ < (0, 11):  # which declines quantised pages
+    FEW, ALL = ([case for case in cases if "page_dtype" not in case] for cases in (FEW, ALL))
 CASES = {name_of(**case): case for case in [*FEW, *ALL]}
 
 
@@ -78,7 +91,8 @@ def check(case, facts):
     (found,) = facts["kernels"]
     assert found["name"] == "paged_prefill"
     assert found["spills"] == 0
-    assert found["registers"] <= 65536 // 384  # three warpgroups share a multiprocessor's
+    # Three warpgroups share a multiprocessor's, or four.
+    assert found["registers"] <= 65536 // (384 if case.get("page_dtype") is None else 512)
     assert found["shared"] <= 227 * 1024 - 1024  # (1 KiB is the system's)
     # Nothing is as large as a layer's pages: tiles of queries, tiles of results, small tables.
     group = case.get("group", 4)

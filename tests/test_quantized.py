@@ -205,12 +205,12 @@ def test_what_does_not_go_together(error, message, changes):
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind", "name"),
-    [("gpu", "NVIDIA H200", "mosaic_gpu"), ("tpu", "TPU v5 lite", "mosaic_tpu")],
+    ("platform", "kind", "name", "head_dim"),
+    [("gpu", "NVIDIA H200", "mosaic_gpu", 192), ("tpu", "TPU v5 lite", "mosaic_tpu", 128)],
 )
-def test_kernels_that_cannot_say_so(platform, kind, name):
+def test_kernels_that_cannot_say_so(platform, kind, name, head_dim):
     long = dict(q_lens=(1, 70), kv_lens=(9, 70), max_q_len=None)
-    asked = checks.check(**request(dtype="bfloat16", head_dim=128, page_size=16, **long))
+    asked = checks.check(**request(dtype="bfloat16", head_dim=head_dim, page_size=16, **long))
     made = choice.consider(asked, Target(platform=platform, device_kind=kind), (name, "reference"))
     assert made.implementation == "reference"
     assert "quantised pages (int8)" in dict(made.reasons)[name]

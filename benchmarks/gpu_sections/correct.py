@@ -54,8 +54,9 @@ def _check(context: Context, case: cases.Case) -> dict:
     same = bool((np.isfinite(lse) == seen).all()) and not np.isnan(lse).any()
     lse_error = np.abs(np.asarray(lse, np.float64) - right_lse, where=seen, out=np.zeros(lse.shape))
     good = error <= 2 * cases.TOLERANCE[case.dtype] and same
+    limit = 1e-3 if case.page_dtype is None else 4e-3  # (keys may be rounded to the queries' dtype)
     return {
-        "right": "yes" if good and lse_error.max() <= 1e-3 else "NO",
+        "right": "yes" if good and lse_error.max() <= limit else "NO",
         "max error": float(error),
         "max error of lse": float(lse_error.max()),
     }

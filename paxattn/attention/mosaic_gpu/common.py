@@ -75,6 +75,30 @@ def widen(ref: Any, dtype: Any) -> jax.Array:
     return plgpu.layout_cast(narrow.astype(dtype), plgpu.Layout.WGMMA)
 
 
+def narrow_operand(*shape: int, dtype: Any) -> Any:
+    """Shared memory for what `widen_rows` reads: tiles of as many columns as an `operand` has."""
+    return operand(*shape, dtype=dtype, columns=plgpu.find_swizzle(shape[-1] * 16) // 2)
+
+
+def copy_layout(rows: int, columns: int, swizzle: int | None = None) -> Any:
+    """The layout in which a warpgroup moves a 16-bit operand, 16 bytes at a time and thread."""
+    swizzle = swizzle or plgpu.find_swizzle(columns * 16)
+    return plgpu.Layout.SMEM_GMEM_COPY((rows, columns), jnp.bfloat16, swizzle)
+
+
+def widen_rows(numbers: Any, scales: jax.Array, wide: Any, layout: Any) -> None:
+    """Multiplies quantised numbers by a scale for each row, rounded to 16 bits.
+
+    Args:
+        numbers: reference to [X, D], fp8 or int8.
+        scales: [X], in the layout's `reduce(1)`.
+        wide: reference to write, [X, D].
+        layout: from `copy_layout`.
+    """
+    factors = across(scales.astype(jnp.float32), wide.shape, 0)
+    store(wide, (load(numbers, layout).astype(jnp.float32) * factors).astype(wide.dtype))
+
+
 def load_scales(ref: Any) -> jax.Array:
     """Reads a scale per token, f32[B]: one for each row of an accumulator."""
     return load(ref, plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-QUANTIZED_HEAD_DIMS = (64, 128)  # of quantised pages (256 spills)
+QUANTIZED_HEAD_DIMS = (64, 128, 256)  # of quantised pages
 SHARED_BYTES = 227 * 1024  # per multiprocessor of Hopper, less what the system keeps
 _RESERVED_BYTES = 3 * 1024  # per thread block: barriers, the reductions' scratch, alignment
 
@@ -35,14 +35,16 @@ class Config:
     split: int | None = None
 
 
-def max_rows(head_dim: int) -> int:
+def max_rows(head_dim: int, *, quantized: bool = False) -> int:
     """Packed query rows (tokens x group) of a KV head that a tile may hold: registers end there.
 
     (Beyond, ptxas spills: of head_dim 80 and 128 already with 64 rows, of 128 with 56.)
     """
     if head_dim <= 64:
         return 64
-    return 48 if head_dim <= 128 else 24
+    if head_dim <= 128:
+        return 48
+    return 16 if quantized else 24
 
 
 def short_q_len(max_q_len: int, group: int, head_dim: int, most: int | None = None) -> int:
@@ -119,7 +121,7 @@ def default_config(
     """Chooses as many stages as fit, for two thread blocks per multiprocessor where they do.
 
     Two blocks hide each other's waits (a block of 64 tokens passes through two dependent matrix
-    products), but large tiles need the registers of one.
+    products), but large tiles need the registers of one, and so does widening a large head_dim.
 
     Args:
         rows: of a query tile, from `packed_rows`.
@@ -131,7 +133,8 @@ def default_config(
     Returns:
         The config.
     """
-    for per_sm in (2, 1) if rows <= 16 else (1,):
+    small = rows <= 16 and not (quantized and head_dim > 128)
+    for per_sm in (2, 1) if small else (1,):
         for stages in (4, 3, 2):
             config = Config(block_kv=64, stages=stages, num_cores=per_sm * num_sms, split=split)
             if fits(config, per_sm, rows, head_dim, quantized=quantized):

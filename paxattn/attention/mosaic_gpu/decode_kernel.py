@@ -41,8 +41,9 @@ results, o normalised, to be merged (`merge.py`). The log-sum-exp is in base 2 h
 Quantised pages (fp8, int8) come with a scale for each token: those of K and of V follow a page of K
 by copies of their own into rings of scales, and arrive at its barrier. Numbers are widened in
 registers to what the hardware converts them to (fp8 to f16, int8 to bf16, both without rounding): K
-goes to its product from there, V through a 16-bit block in shared memory, since an operand that is
-transposed must lie there; its place in the ring is then free at once. A key's scale multiplies its
+goes to its product from there (of a large head_dim as V does: registers end), V through a 16-bit
+block in shared memory, since an operand that is transposed must lie there; its place in the ring is
+then free at once. A key's scale multiplies its
 row of S^T, a value's its row of P^T. So that P^T keeps to [0, 1] (f16 has few exponents), what is
 subtracted from scores is the maximum of `score + log2(scale of V)` there.
 
@@ -255,7 +256,10 @@ def consume(
             plgpu.commit_smem()
 
             plgpu.barrier_wait(s.v_full.at[at])
-            v = s.v.at[at] if t.page_dtype is None else _widened(s, at, t)
+            v = s.v.at[at]
+            if t.page_dtype is not None:
+                v = _widened(s, v, t)
+                plgpu.barrier_arrive(s.v_free.at[at])
             _clear_unstored(v, token, item, pages, t)
 
             def p_dot_v(product: Any, columns: tuple[int, int]) -> jax.Array:
@@ -300,36 +304,32 @@ def consume(
 def _q_dot_k(s: Scratch, at: jax.Array, tile: jax.Array, t: Tile) -> jax.Array:
     """Scores [B, Q] of a block, of quantised pages with the scales of K."""
 
-    def product(scores: Any, columns: Any = slice(None)) -> jax.Array:
-        k = s.k.at[at, :, columns]
-        if t.page_dtype is not None:
-            k = widen(k, t.dtype)
-            if t.interpret:
-                store(s.wide.at[:, columns], k)
-                plgpu.commit_smem()
-                k = s.wide.at[:, columns]
+    def product(scores: Any, k: Any, columns: Any = slice(None)) -> jax.Array:
         plgpu.wgmma(scores, k, s.q.at[tile, :, columns].transpose((1, 0)))
         return scores[...]
 
-    acc = plgpu.ACC((t.config.block_kv, t.rows), jnp.float32)
+    def times(k: Any, *columns: Any) -> jax.Array:
+        acc = plgpu.ACC((t.config.block_kv, t.rows), jnp.float32)
+        return pl.run_scoped(lambda scores: product(scores, k, *columns), acc)
+
     if t.page_dtype is None:
-        return pl.run_scoped(product, acc)
-    # (All columns at once would take too many registers.)
-    parts = (
-        pl.run_scoped(functools.partial(product, columns=pl.ds(column, 64)), acc)
-        for column in t.columns
-    )
-    scores = functools.reduce(jnp.add, parts)
+        return times(s.k.at[at])
+    if t.staged:
+        scores = times(_widened(s, s.k.at[at], t))
+    else:  # (all columns at once would take too many registers)
+        parts = (pl.ds(column, 64) for column in t.columns)
+        scores = functools.reduce(
+            jnp.add, (times(widen(s.k.at[at, :, part], t.dtype), part) for part in parts)
+        )
     return scores * across(load_scales(s.k_scales.at[at]), scores.shape, 0)
 
 
-def _widened(s: Scratch, at: jax.Array, t: Tile) -> Any:
-    """A block of V in 16 bits, from the ring, whose place it leaves."""
+def _widened(s: Scratch, numbers: Any, t: Tile) -> Any:
+    """A block of K or V in 16 bits, in the one place for that."""
     for column in t.columns:  # (all at once would take too many registers)
         part = pl.ds(column, 64)
-        store(s.wide.at[:, part], widen(s.v.at[at, :, part], t.dtype))
+        store(s.wide.at[:, part], widen(numbers.at[:, part], t.dtype))
     plgpu.commit_smem()  # what was written, for `wgmma`; and what was read, before it is refilled
-    plgpu.barrier_arrive(s.v_free.at[at])
     return s.wide
 
 

@@ -71,6 +71,11 @@ class Tile:
         return max(self.config.block_kv // self.page_size, 1)
 
     @property
+    def staged(self) -> bool:
+        """Whether widened K, too, passes through shared memory, not from registers."""
+        return self.interpret or self.head_dim > 128
+
+    @property
     def num_scales(self) -> int:
         """Scales of a token: of quantised pages two, of K and V."""
         return 0 if self.page_dtype is None else 2

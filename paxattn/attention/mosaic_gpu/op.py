@@ -85,7 +85,7 @@ def attend_batch(
     )  # fmt: skip
     if plan.long is not None:
         long: dict[str, Any] = dict(tiles=plan.long.tiles, config=plan.long.config, card=plan.card)
-        o, lse = prefill_attention(q, k_pages, v_pages, **long, **options)
+        o, lse = prefill_attention(q, k_pages, v_pages, *scales, **long, **options)
     if plan.short is not None:
         # Sinks scale the result once more: round it only after that.
         options["out_dtype"] = q.dtype if sinks is None else jnp.float32
@@ -166,7 +166,7 @@ def attend_short_rows(
     if card is None:
         o, lse = _hopper_units(q, k_pages, v_pages, *scales, static=static, **options)
     else:
-        o, lse = _portable_units(q, k_pages, v_pages, card=card, static=static, **options)
+        o, lse = _portable_units(q, k_pages, v_pages, *scales, card=card, static=static, **options)
     o = _unpack(o, short, group, 0.0)
     lse = _unpack(lse[:, :, None], short, group, LOWEST)[..., 0]
     return o, jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)
@@ -221,7 +221,7 @@ def _portable_units(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
-    *,
+    *scales: jax.Array,
     card: Card,
     static: dict[str, Any],
     cu_q_lens: jax.Array,
@@ -238,11 +238,13 @@ def _portable_units(
         block_kv=short.config.block_kv,
         stages=short.config.stages,
         tma=card.tma,
+        page_dtype=k_pages.dtype if scales else None,
     )
     o, lse = portable_decode.attend_units(
         _pack(q, cu_q_lens, k_pages.shape[2], short.max_q_len, rows),
         k_pages,
         v_pages,
+        *scales,
         stored=short.stored,
         schedule=short.schedule,
         tile=tile,

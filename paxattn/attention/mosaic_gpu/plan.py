@@ -23,6 +23,7 @@ from paxattn.attention.mosaic_gpu.portable.config import max_rows
 from paxattn.attention.mosaic_gpu.prefill_tiles import Tiles
 from paxattn.attention.schedule import Schedule, schedule_decode
 from paxattn.page_table import token_rows
+from paxattn.quantized import head_bytes
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +116,7 @@ def plan_batch(
             num_kv_heads=request.num_kv_heads,
             num_pages=request.num_pages,
             page_size=request.page_size,
-            token_bytes=2 * request.head_dim * jnp.dtype(request.dtype).itemsize,
+            token_bytes=2 * head_bytes(request.head_dim, request.page_dtype or request.dtype),
             min_packed=(short_q_len + 1) * group,
             size=prefill_config.TILE if card is None else max_rows(request.head_dim),
         )

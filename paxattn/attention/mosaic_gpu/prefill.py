@@ -23,7 +23,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paxattn.attention.mosaic_gpu import prefill_kernel, prefill_tiles
+from paxattn.attention.mosaic_gpu import prefill_kernel, prefill_load, prefill_tiles
 from paxattn.attention.mosaic_gpu.common import LN2, LOG2E, LOWEST, reach
 from paxattn.attention.mosaic_gpu.portable import prefill as portable
 from paxattn.attention.mosaic_gpu.portable import ring
@@ -37,7 +37,7 @@ def prefill_attention(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
-    *,
+    *scales: jax.Array,
     block_tables: jax.Array,
     cu_q_lens: jax.Array,
     layer: jax.Array | int,
@@ -57,8 +57,9 @@ def prefill_attention(
 
     Args:
         q: [T, Hq, D], bf16 or f16.
-        k_pages: [L, N, Hkv, P, D], q's dtype.
+        k_pages: [L, N, Hkv, P, D], q's dtype or, with scales, float8_e4m3fn or int8.
         v_pages: same.
+        *scales: of quantised K and V, bf16[L, N, Hkv, P] each.
         block_tables: i32[R, M]; what follows an entry that is no page is hidden.
         cu_q_lens: i32[R + 1].
         layer: i32[].
@@ -89,15 +90,16 @@ def prefill_attention(
         soft_cap=soft_cap,
         config=config,
         interpret=interpret is not None,
+        page_dtype=k_pages.dtype if scales else None,
     )
     smem: Any
     warpgroups: dict[str, Any] = {}
     if card is None:
-        body, smem = prefill_kernel.kernel(s), prefill_kernel.scratch(s)
-        warpgroups = dict(num_threads=prefill_kernel.CONSUMERS + 1, thread_name="wg")
+        body, smem = prefill_kernel.kernel(s), prefill_load.scratch(s)
+        warpgroups = dict(num_threads=prefill_kernel.warpgroups(s), thread_name="wg")
     else:
         t = portable.tile(s, tiles.size, max_pages=block_tables.shape[1], tma=card.tma)
-        body, smem = portable.kernel(s, t), ring.scratch(t)
+        body, smem = portable.kernel(s, t), dict(ring=ring.scratch(t))
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
     packed = prefill_tiles.pack_queries(q, tiles, cu_q_lens, num_kv_heads)
@@ -121,6 +123,7 @@ def prefill_attention(
         tiles.fields,
         jnp.stack([tiles.count, tiles.heads_together, layer, reach(sliding_window)]),
         scale if soft_cap is not None else scale * LOG2E,
+        *scales,
     )
     if card is not None:  # (in base 2, and finite where nothing was seen)
         lse = jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)

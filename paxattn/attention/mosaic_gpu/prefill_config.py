@@ -5,12 +5,14 @@ Nothing here imports Mosaic GPU: the choice of an implementation asks for it on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu.config import DTYPES, HEAD_DIMS, SHARED_BYTES
+from paxattn.quantized import SCALE_DTYPE
 
 TILE = 128  # packed query rows (tokens x group) of a tile
+SCALE_BYTES = SCALE_DTYPE.itemsize
 _RESERVED_BYTES = 4 * 1024  # barriers, the log-sum-exp, reductions' scratch, alignment
 
 
@@ -21,13 +23,20 @@ class Config:
     Attributes:
         block_kv: KV tokens per step, a multiple of 64; page sizes divide it or are multiples of it.
         stages: blocks of K and of V in flight.
+        wide: blocks of quantised K and V in 16 bits, beside those in flight; 0: of floats.
         num_ctas: thread blocks, of which one fits a multiprocessor. More of them than that take
             their turns as the hardware deals them.
     """
 
     block_kv: int = 128
     stages: int = 2
+    wide: int = 0
     num_ctas: int = 132
+
+    @property
+    def places(self) -> int:
+        """Blocks of K (and of V) that lie ready for the products."""
+        return self.wide or self.stages
 
     def own_output(self, head_dim: int) -> bool:
         """Whether the result has shared memory of its own, so that the next queries come early."""
@@ -38,21 +47,30 @@ class Config:
         return self._fits(TILE, head_dim)
 
     def _fits(self, rows: int, head_dim: int) -> bool:
-        rows += 2 * self.stages * self.block_kv
-        return rows * head_dim * 2 + _RESERVED_BYTES <= SHARED_BYTES
+        needed = 2 * head_dim * (rows + 2 * self.places * self.block_kv) + _RESERVED_BYTES
+        if self.wide:
+            needed += 2 * self.stages * self.block_kv * (head_dim + SCALE_BYTES)
+        return needed <= SHARED_BYTES
 
 
-def default_config(*, head_dim: int, num_sms: int = 132) -> Config:
+def default_config(*, head_dim: int, num_sms: int = 132, quantized: bool = False) -> Config:
     """FlashAttention-3's block sizes, as far as registers and shared memory allow.
 
     Args:
         head_dim: elements per head.
         num_sms: multiprocessors of the device.
+        quantized: whether pages are.
 
     Returns:
         The config.
     """
-    return Config(block_kv=64 if head_dim > 128 else 128, num_ctas=num_sms)
+    config = Config(block_kv=64 if head_dim > 128 else 128, num_ctas=num_sms)
+    if not quantized:
+        return config
+    # Two wide blocks, so that one is made while the products read the other, come before a second
+    # one in flight: of a single one, K is on its way while V is widened.
+    config = replace(config, wide=2)
+    return config if config.fits(head_dim) else replace(config, stages=1)
 
 
 def check(request: Request, config: Config | None = None) -> str:
@@ -72,6 +90,12 @@ def check(request: Request, config: Config | None = None) -> str:
         raise NotImplementedError(f"dtype {request.dtype}: the tensor cores take bfloat16, float16")
     if request.head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim}: must be one of {HEAD_DIMS}")
+    if request.page_dtype is not None and request.head_dim > 128:
+        # A fourth warpgroup widens them; ptxas wants 158 for a product of 256 columns.
+        raise NotImplementedError(
+            f"head_dim={request.head_dim} with quantised pages ({request.page_dtype}): the prefill "
+            "kernel has but 128 registers per thread to read them, 128 elements' worth"
+        )
     config = config or default_config(head_dim=request.head_dim)
     page, block = request.page_size, config.block_kv
     if page % 8 or (page % block and block % page):

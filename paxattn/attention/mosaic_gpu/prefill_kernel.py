@@ -27,6 +27,9 @@ A weight of 0 does not mend a value of NaN, so in the block where the sequence e
 consumer clears the value rows past it in SMEM; the second reads them half a block later, behind
 two phases of `turn`.
 
+Quantised pages are read by a fourth warpgroup, the *widener* (`prefill_load`): the consumers find
+what pages of the queries' dtype would hold, and nothing else changes for them.
+
 Where shared memory allows (`Config.own_output`), a consumer asks for the next item's queries as
 soon as the last block has been folded, so that they arrive during the epilogue.
 
@@ -45,7 +48,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -59,13 +61,11 @@ from paxattn.attention.mosaic_gpu.common import (
     LOG2E,
     LOWEST,
     across,
-    barriers,
     capped,
     load,
-    operand,
     store,
 )
-from paxattn.attention.mosaic_gpu.prefill_config import TILE
+from paxattn.attention.mosaic_gpu.prefill_load import CONSUMERS, ROWS, Scratch, produce, widen
 from paxattn.attention.mosaic_gpu.prefill_tiles import Tile
 from paxattn.attention.mosaic_gpu.prefill_work import (
     Item,
@@ -77,105 +77,8 @@ from paxattn.attention.mosaic_gpu.prefill_work import (
     walk_of,
 )
 
-CONSUMERS = 2
-ROWS = TILE // CONSUMERS  # packed query rows of one: M of a wgmma
 _WGMMA = plgpu.Layout.WGMMA
 _i32 = jnp.int32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scratch:
-    """SMEM and barriers."""
-
-    q: Any  # [2, 64, D]
-    k: Any  # [stages, S, D]
-    v: Any
-    lse: Any  # f32[2, 64]
-    q_there: Any
-    k_there: Any
-    v_there: Any
-    k_free: Any
-    v_free: Any
-    turn: Any
-    o: Any = None  # [2, 64, D], or None: in q
-    p: Any = None  # [2, 64, S], in the interpreter only
-
-
-def scratch(s: Static) -> dict[str, Any]:
-    """The kernel's `Scratch`, as types."""
-    block, stages = s.config.block_kv, s.config.stages
-    rows = operand(CONSUMERS, ROWS, s.head_dim, dtype=s.dtype)
-    ring = operand(stages, block, s.head_dim, dtype=s.dtype)
-    there, free = barriers(stages, s.copies), barriers(stages, CONSUMERS)
-    out = dict(
-        q=rows,
-        k=ring,
-        v=ring,
-        lse=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        q_there=barriers(CONSUMERS),
-        k_there=there,
-        v_there=there,
-        k_free=free,
-        v_free=free,
-        turn=barriers(1, CONSUMERS),
-    )
-    if s.config.own_output(s.head_dim):
-        out |= dict(o=rows)
-    if s.interpret:
-        out |= dict(p=operand(CONSUMERS, ROWS, block, dtype=s.dtype))
-    return out
-
-
-# The producer.
-
-
-def _produce(s: Static, refs: Refs, smem: Scratch) -> None:
-    """The producer warp: fills the ring, item after item."""
-    stages, copy = s.config.stages, s.copy
-    layer, window = refs.numbers[2], refs.numbers[3]
-
-    def work(nth: jax.Array, filled: jax.Array) -> jax.Array:
-        item = item_at(s, refs, nth)
-        walk = walk_of(s, item.tile, window)
-        last = lax.div(jnp.maximum(item.tile.stored, 1) - 1, _i32(s.page_size))
-
-        def step(j: jax.Array, filled: jax.Array) -> jax.Array:
-            slot = lax.rem(filled, _i32(stages))
-            first = walk.start + walk.block(j) * s.config.block_kv
-            logical = lax.div(first, _i32(s.page_size))
-            part = lax.div(first - logical * s.page_size, _i32(copy))  # of a page larger than S
-
-            def page(i: int) -> jax.Array:
-                """Of copy `i`; past the end the last page once more."""
-                entry = refs.block_tables[item.tile.row, jnp.minimum(logical + i, last)]
-                return jnp.clip(entry, 0, s.num_pages - 1)
-
-            # Asked for before the wait for a free slot, and there when it ends.
-            ids = [page(i) for i in range(min(s.copies, s.early))]
-            for pool, ring, there, free in (
-                (refs.k_pages, smem.k, smem.k_there, smem.k_free),
-                (refs.v_pages, smem.v, smem.v_there, smem.v_free),
-            ):
-                pl.when(filled >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                for i in range(s.copies):
-                    source = pool.at[layer, ids[i] if i < len(ids) else page(i), item.head]
-                    if copy < s.page_size:
-                        source = source.at[pl.ds(part * copy, copy)]
-                    target = ring.at[slot, pl.ds(i * copy, copy)]
-                    plgpu.copy_gmem_to_smem(source, target, there.at[slot])
-            return filled + 1
-
-        return lax.fori_loop(0, walk.blocks, step, filled)
-
-    filled = lax.fori_loop(0, num_items(s, refs), work, _i32(0))
-
-    @pl.loop(jnp.maximum(filled - stages, 0), filled)
-    def _drain(i: jax.Array) -> None:
-        plgpu.barrier_wait(smem.k_free.at[lax.rem(i, _i32(stages))])
-        plgpu.barrier_wait(smem.v_free.at[lax.rem(i, _i32(stages))])
-
-
-# The consumers.
 
 
 class _Bounds(NamedTuple):
@@ -273,16 +176,16 @@ def _fold(
     """
     folded, acc, top, total = carry
     wg, block = lax.axis_index("wg"), s.config.block_kv
-    slot = lax.rem(folded, _i32(s.config.stages))
+    ring, slot = smem.ring, lax.rem(folded, _i32(s.config.places))
     first = walk.start + walk.block(step) * block
 
     def q_k(ref: Any) -> jax.Array:
-        plgpu.wgmma(ref, smem.q.at[wg], smem.k.at[slot].transpose((1, 0)))
+        plgpu.wgmma(ref, smem.q.at[wg], ring.k.at[slot].transpose((1, 0)))
         _take_turn(smem)
         return ref[...]
 
     scores = pl.run_scoped(q_k, plgpu.ACC((ROWS, block), jnp.float32))
-    plgpu.barrier_arrive(smem.k_free.at[slot])
+    plgpu.barrier_arrive(ring.k_free.at[slot])
     if s.soft_cap is not None:
         scores, scale = capped(scores * scale, s.soft_cap), jnp.float32(LOG2E)
     if edge:
@@ -295,20 +198,20 @@ def _fold(
     # The whole softmax is to happen on this side of the barrier.
     acc, total, top, p = lax.optimization_barrier((acc, total, new_top, p.astype(s.dtype)))
     plgpu.barrier_arrive(smem.turn)
-    plgpu.barrier_wait(smem.v_there.at[slot])
+    plgpu.barrier_wait(ring.v_there.at[slot])
     plgpu.barrier_wait(smem.turn)
     if edge:
         left = tile.stored - first
-        pl.when((wg == 0) & (left < block))(lambda: _clear_past(smem.v.at[slot], left))
+        pl.when((wg == 0) & (left < block))(lambda: _clear_past(ring.v.at[slot], left))
 
     def await_next_keys() -> None:
         @pl.when(step + 1 < walk.blocks)
         def _() -> None:
-            plgpu.barrier_wait(smem.k_there.at[lax.rem(folded + 1, _i32(s.config.stages))])
+            plgpu.barrier_wait(ring.k_there.at[lax.rem(folded + 1, _i32(s.config.places))])
 
     p_smem = smem.p.at[wg] if s.interpret else None
-    acc = _add_product(s, acc, p, p_smem, smem.v.at[slot], await_next_keys)
-    plgpu.barrier_arrive(smem.v_free.at[slot])
+    acc = _add_product(s, acc, p, p_smem, ring.v.at[slot], await_next_keys)
+    plgpu.barrier_arrive(ring.v_free.at[slot])
     return folded + 1, acc, top, total
 
 
@@ -336,7 +239,7 @@ def _consume(s: Static, refs: Refs, smem: Scratch) -> None:
 
         @pl.when(walk.blocks > 0)
         def _() -> None:
-            plgpu.barrier_wait(smem.k_there.at[lax.rem(folded, _i32(s.config.stages))])
+            plgpu.barrier_wait(smem.ring.k_there.at[lax.rem(folded, _i32(s.config.places))])
 
         pl.when(wg == 1)(lambda: _take_turn(smem))
         fold = functools.partial(_fold, s, smem, scale, item.tile, walk, bounds)
@@ -368,6 +271,11 @@ def _consume(s: Static, refs: Refs, smem: Scratch) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+def warpgroups(s: Static) -> int:
+    """How many warpgroups a CTA has."""
+    return CONSUMERS + (2 if s.scales else 1)
+
+
 def kernel(s: Static) -> Callable[..., None]:
     """Makes the kernel.
 
@@ -375,11 +283,11 @@ def kernel(s: Static) -> Callable[..., None]:
         s: static.
 
     Returns:
-        The three warpgroups of a CTA: a function of the fields of `Refs` and, by name, `Scratch`.
+        The warpgroups of a CTA: a function of the fields of `Refs` and, by name, `Scratch`.
     """
 
     def paged_prefill(*refs: Any, **smem: Any) -> None:
-        cta, wg, (most, least) = lax.axis_index("cta"), lax.axis_index("wg"), s.registers
+        cta, wg, (most, least, *more) = lax.axis_index("cta"), lax.axis_index("wg"), s.registers
 
         @pl.when(wg == CONSUMERS)
         def _() -> None:
@@ -387,11 +295,18 @@ def kernel(s: Static) -> Callable[..., None]:
 
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
-                pl.when(warp == 0)(lambda: _produce(s, Refs(cta, *refs), Scratch(**smem)))
+                pl.when(warp == 0)(lambda: produce(s, Refs.of(cta, *refs), Scratch(**smem)))
+
+        if s.scales:
+
+            @pl.when(wg == CONSUMERS + 1)
+            def _() -> None:
+                plgpu.set_max_registers(*more, action="decrease")
+                widen(s, Refs.of(cta, *refs), Scratch(**smem))
 
         @pl.when(wg < CONSUMERS)
         def _consumer() -> None:
             plgpu.set_max_registers(most, action="increase")
-            _consume(s, Refs(cta, *refs), Scratch(**smem))
+            _consume(s, Refs.of(cta, *refs), Scratch(**smem))
 
     return paged_prefill

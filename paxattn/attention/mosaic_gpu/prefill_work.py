@@ -33,6 +33,12 @@ class Static:
     soft_cap: float | None
     config: Config
     interpret: bool
+    page_dtype: Any = None  # of quantised pages
+
+    @property
+    def scales(self) -> bool:
+        """Whether pages are quantised, with scales."""
+        return self.page_dtype is not None
 
     @property
     def copy(self) -> int:
@@ -45,22 +51,24 @@ class Static:
         return self.config.block_kv // self.copy
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Per thread of a consumer and of the producer.
+    def registers(self) -> tuple[int, ...]:
+        """Per thread of a consumer, of the producer, and of who widens quantised pages.
 
-        All warpgroups start with 168: what the consumers gain, the producer must have given up
-        (2 x 224 + 56 = 3 x 168), or they wait forever.
+        All warpgroups start with 168 (of four, 128): what the consumers gain, the others must have
+        given up (2 x 224 + 56 = 3 x 168, 2 x 200 + 40 + 72 = 4 x 128), or they wait forever.
         """
+        if self.scales:
+            return 200, 40, 72
         return (240, 24) if self.head_dim > 128 else (224, 56)
 
     @property
     def early(self) -> int:
         """Page ids that the producer holds while it waits: as many as its registers allow."""
-        return 2 if self.head_dim > 128 else 16
+        return 2 if self.head_dim > 128 or self.scales else 16
 
 
 class Refs(NamedTuple):
-    """This CTA's number, and GMEM in the kernel's order of arguments; the outputs last."""
+    """This CTA's number, and GMEM."""
 
     cta: jax.Array  # (jax 0.10 does not tell it to a warp)
     q: Any  # [Hkv, B, 128, D]
@@ -72,6 +80,13 @@ class Refs(NamedTuple):
     scale: Any  # f32[1], sm_scale, times log2(e) unless there is a soft cap
     o: Any  # [Hkv, B, 128, D]
     lse: Any  # f32[Hkv, B, 128]
+    k_scales: Any = None  # bf16[L, N, Hkv, P], of quantised pages
+    v_scales: Any = None  # same
+
+    @classmethod
+    def of(cls, cta: jax.Array, *given: Any) -> Refs:
+        """Sorts a kernel's references: scales come before the outputs."""
+        return cls(cta, *given[:7], *given[-2:], *given[7:-2])
 
 
 class Item(NamedTuple):

@@ -18,6 +18,7 @@ from paxattn.attention.mosaic_gpu.config import (
     DTYPES,
     HEAD_DIMS,
     QUANTIZED_HEAD_DIMS,
+    max_rows,
     packed_rows,
     short_q_len,
 )
@@ -50,21 +51,22 @@ def check(request: Request | None, target: Target) -> str:
     """
     card = _card(target)
     if request is None:
+        pages = "pages of floats" + ("" if jax.__version_info__ < (0, 11) else ", int8 and fp8")
         if card is None:
-            return "decode and prefill kernels for NVIDIA Hopper GPUs"
-        copies = "TMA" if card.tma else "cp.async"
-        return f"portable decode and prefill kernels, for {card.arch} ({copies}, warp-level mma)"
+            return f"decode and prefill kernels for NVIDIA Hopper GPUs; {pages}"
+        copies, pages = "TMA" if card.tma else "cp.async", "int8 and fp8" if card.fp8 else "int8"
+        return (
+            f"portable decode and prefill kernels, for {card.arch} ({copies}, warp-level mma); "
+            f"pages of floats, {pages}"
+        )
     if request.dtype not in DTYPES:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
-    if request.page_dtype is not None and jax.__version_info__ < (0, 11):
-        raise NotImplementedError(  # (0.10 copies no fewer than 128 bytes, as scales of a page are)
-            f"its decode kernel reads quantised pages ({request.page_dtype}) from jax 0.11 on"
-        )
-    head_dims = HEAD_DIMS if request.page_dtype is None else QUANTIZED_HEAD_DIMS
-    if request.head_dim not in head_dims:
-        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {head_dims}")
+    if request.head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
+    if request.page_dtype is not None:
+        _check_quantized(request.head_dim, f"quantised pages ({request.page_dtype})")
     if request.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={request.page_size} is not one of {PAGE_SIZES}")
     if request.ancestors:
@@ -72,6 +74,14 @@ def check(request: Request | None, target: Target) -> str:
     if card is not None:
         portable.check(request, card)
     return _kernel_for(request, card)
+
+
+def _check_quantized(head_dim: int, pages: str) -> None:
+    """Declines quantised pages that no kernel reads."""
+    if jax.__version_info__ < (0, 11):  # (0.10 copies no fewer than 128 bytes, and scales are less)
+        raise NotImplementedError(f"its kernels read {pages} from jax 0.11 on")
+    if head_dim not in QUANTIZED_HEAD_DIMS:
+        raise NotImplementedError(f"{head_dim=} with {pages} is not one of {QUANTIZED_HEAD_DIMS}")
 
 
 def _card(target: Target) -> Card | None:
@@ -100,7 +110,8 @@ def _short_rows(request: Request, card: Card | None) -> tuple[int, int]:
     """Bound on the new tokens of rows for the decode kernel, and packed rows of its tiles."""
     group, head_dim = request.num_q_heads // request.num_kv_heads, request.head_dim
     if card is None:
-        short = short_q_len(request.max_q_len, group, head_dim)
+        most = max_rows(head_dim, quantized=request.page_dtype is not None)
+        short = short_q_len(request.max_q_len, group, head_dim, most)
         return short, packed_rows(short, group)
     short = short_q_len(request.max_q_len, group, head_dim, portable.max_rows(head_dim))
     return short, portable.packed_rows(short, group, head_dim)
@@ -113,11 +124,6 @@ def _kernel_for(request: Request, card: Card | None) -> str:
     decode = f"{which}decode kernel, {rows} query rows per KV head"
     if short == request.max_q_len:
         return decode
-    if request.page_dtype is not None:
-        raise NotImplementedError(
-            f"its prefill kernel reads no quantised pages ({request.page_dtype}), and rows of "
-            f"{request.max_q_len} new tokens do not fit the decode kernel"
-        )
     if card is None:
         prefill_config.check(request)
     prefill = f"{which}prefill kernel"
@@ -158,12 +164,12 @@ def schedule(
         dtype=request.dtype,
         head_dim=request.head_dim,
         page_size=request.page_size,
+        quantized=request.page_dtype is not None,
     )
+    pick_decode: Any = tunable.decode_config
+    pick_prefill: Any = tunable.prefill_config
     if card is None:
         common["num_sms"] = sms(target)
-        quantized = request.page_dtype is not None
-        pick_decode = functools.partial(tunable.decode_config, quantized=quantized)
-        pick_prefill = tunable.prefill_config
     else:
         pick_decode = functools.partial(tunable.portable_decode_config, card)
         pick_prefill = functools.partial(tunable.portable_prefill_config, card)

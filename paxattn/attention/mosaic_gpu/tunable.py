@@ -105,9 +105,12 @@ def prefill_candidates(
 
 
 def prefill_config(
-    *, device: str, dtype: str, head_dim: int, page_size: int, num_sms: int = 132
-) -> prefill.Config:
+    *, device: str, dtype: str, head_dim: int, page_size: int, num_sms: int = 132,
+    quantized: bool = False,
+) -> prefill.Config:  # fmt: skip
     """Chooses the prefill kernel's config: the tuned one, else the heuristic's.
+
+    With quantised pages always the latter, as with the decode kernel.
 
     Args:
         device: the device's kind.
@@ -115,22 +118,26 @@ def prefill_config(
         head_dim: elements per head.
         page_size: P, tokens.
         num_sms: multiprocessors of the device.
+        quantized: whether pages are.
 
     Returns:
         The config.
     """
+    default = prefill.default_config(head_dim=head_dim, num_sms=num_sms, quantized=quantized)
+    if quantized:
+        return default
     return tuning.pick(
         "mosaic_gpu.prefill",
         device=device,
         key={"dtype": dtype, "head_dim": head_dim, "page_size": page_size},
-        default=prefill.default_config(head_dim=head_dim, num_sms=num_sms),
+        default=default,
         candidates=prefill_candidates(head_dim=head_dim, page_size=page_size, num_sms=num_sms),
     )
 
 
 def portable_decode_config(
     card: Card, *, device: str, dtype: str, rows: int, head_dim: int, page_size: int,
-    split: int | None = None,
+    split: int | None = None, quantized: bool = False,
 ) -> decode.Config:  # fmt: skip
     """As `decode_config`, for the portable kernel.
 
@@ -142,13 +149,16 @@ def portable_decode_config(
         head_dim: elements per head.
         page_size: P, tokens.
         split: as in `config.Config`.
+        quantized: whether pages are.
 
     Returns:
         The config.
     """
     candidates = portable.decode_configs(
-        card, rows=rows, head_dim=head_dim, page_size=page_size, split=split
+        card, rows=rows, head_dim=head_dim, page_size=page_size, split=split, quantized=quantized
     )
+    if quantized:
+        return candidates[0]
     return tuning.pick(
         "mosaic_gpu.portable_decode",
         device=device,
@@ -159,7 +169,7 @@ def portable_decode_config(
 
 
 def portable_prefill_config(
-    card: Card, *, device: str, dtype: str, head_dim: int, page_size: int
+    card: Card, *, device: str, dtype: str, head_dim: int, page_size: int, quantized: bool = False
 ) -> prefill.Config:
     """As `prefill_config`, for the portable kernel.
 
@@ -169,11 +179,16 @@ def portable_prefill_config(
         dtype: of queries and pages.
         head_dim: elements per head.
         page_size: P, tokens.
+        quantized: whether pages are.
 
     Returns:
         The config.
     """
-    candidates = portable.prefill_configs(card, head_dim=head_dim, page_size=page_size)
+    candidates = portable.prefill_configs(
+        card, head_dim=head_dim, page_size=page_size, quantized=quantized
+    )
+    if quantized:
+        return candidates[0]
     return tuning.pick(
         "mosaic_gpu.portable_prefill",
         device=device,

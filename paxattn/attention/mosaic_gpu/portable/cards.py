@@ -26,6 +26,11 @@ class Card:
     shared_bytes: int
     tma: bool
 
+    @property
+    def fp8(self) -> bool:
+        """Whether it has instructions that convert fp8 numbers, as from Ada on."""
+        return self.arch not in ("sm_80", "sm_86")
+
 
 def _ampere(num_sms: int) -> Card:
     return Card(arch="sm_80", num_sms=num_sms, shared_bytes=164 * 1024, tma=False)

@@ -7,6 +7,7 @@ the choice of an implementation asks for it on any machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu import prefill_config
@@ -44,19 +45,26 @@ def packed_rows(max_q_len: int, group: int, head_dim: int) -> int:
     return next(rows for rows in (16, 32, 64) if needed <= rows)
 
 
-def shared_bytes(*, block_kv: int, stages: int, rows: int, head_dim: int) -> int:
-    """Bytes of shared memory of a thread block's arrays: rings of K and V, and probabilities."""
-    return 2 * (2 * stages * block_kv * head_dim + rows * block_kv)
+def shared_bytes(
+    *, block_kv: int, stages: int, rows: int, head_dim: int, quantized: bool = False
+) -> int:
+    """Bytes of shared memory of a thread block's arrays.
+
+    That is rings of K and V, and probabilities; with quantised pages a block that is widened, too.
+    """
+    block = block_kv * head_dim
+    ring = 2 * stages * block
+    return (ring + 2 * block if quantized else 2 * ring) + 2 * rows * block_kv
 
 
-def fits(card: Card, per_sm: int, *, block_kv: int, stages: int, rows: int, head_dim: int) -> bool:
+def fits(card: Card, per_sm: int, **sizes: Any) -> bool:
     """Whether `per_sm` thread blocks have shared memory enough on a multiprocessor of a card."""
-    needed = shared_bytes(block_kv=block_kv, stages=stages, rows=rows, head_dim=head_dim)
+    needed = shared_bytes(**sizes)
     return needed + _RESERVED_BYTES + _SYSTEM_BYTES <= card.shared_bytes // per_sm
 
 
 def _shapes(
-    card: Card, *, rows: int, head_dim: int, page_size: int
+    card: Card, *, rows: int, head_dim: int, page_size: int, quantized: bool
 ) -> Iterator[tuple[int, int, int]]:
     """(Thread blocks per multiprocessor, `block_kv`, stages) that fit, the best guess first.
 
@@ -70,15 +78,15 @@ def _shapes(
             if block_kv % page_size and page_size % block_kv:
                 continue
             for stages in range(_MOST_STAGES, 1, -1):
-                if fits(
-                    card, per_sm, block_kv=block_kv, stages=stages, rows=rows, head_dim=head_dim
-                ):
+                sizes = dict(rows=rows, head_dim=head_dim, quantized=quantized)
+                if fits(card, per_sm, block_kv=block_kv, stages=stages, **sizes):
                     yield per_sm, block_kv, stages
 
 
 def decode_configs(
-    card: Card, *, rows: int, head_dim: int, page_size: int, split: int | None = None
-) -> list[Config]:
+    card: Card, *, rows: int, head_dim: int, page_size: int, split: int | None = None,
+    quantized: bool = False,
+) -> list[Config]:  # fmt: skip
     """What the decode kernel can be built with, the heuristic's choice first.
 
     Args:
@@ -87,6 +95,7 @@ def decode_configs(
         head_dim: elements per head.
         page_size: P, tokens.
         split: as in `mosaic_gpu.config.Config`.
+        quantized: whether pages are.
 
     Returns:
         The configs.
@@ -94,41 +103,43 @@ def decode_configs(
     return [
         Config(block_kv=block_kv, stages=stages, num_cores=per_sm * card.num_sms, split=split)
         for per_sm, block_kv, stages in _shapes(
-            card, rows=rows, head_dim=head_dim, page_size=page_size
+            card, rows=rows, head_dim=head_dim, page_size=page_size, quantized=quantized
         )
         if split is None or split % block_kv == 0
     ]
 
 
-def prefill_configs(card: Card, *, head_dim: int, page_size: int) -> list[prefill_config.Config]:
+def prefill_configs(
+    card: Card, *, head_dim: int, page_size: int, quantized: bool = False
+) -> list[prefill_config.Config]:
     """What the prefill kernel can be built with, the heuristic's choice first.
 
     Args:
         card: the GPU.
         head_dim: elements per head.
         page_size: P, tokens.
+        quantized: whether pages are.
 
     Returns:
         The configs.
     """
+    sizes = dict(rows=max_rows(head_dim), head_dim=head_dim, page_size=page_size)
     return [
         prefill_config.Config(block_kv=block_kv, stages=stages, num_ctas=per_sm * card.num_sms)
-        for per_sm, block_kv, stages in _shapes(
-            card, rows=max_rows(head_dim), head_dim=head_dim, page_size=page_size
-        )
+        for per_sm, block_kv, stages in _shapes(card, **sizes, quantized=quantized)
     ]
 
 
-def swizzle(rows: int, columns: int, *, tma: bool, most: int = 128) -> int:
+def swizzle(rows: int, columns: int, *, by_warps: bool, most: int = 128) -> int:
     """The widest swizzle that a copy of `rows` by `columns` 16-bit numbers can have.
 
-    Shared memory holds matrices in tiles of 8 rows by a swizzle; `cp.async` shares the tiles of a
-    copy out to four warps: along one axis, or along both.
+    Shared memory holds matrices in tiles of 8 rows by a swizzle; `cp.async`, and who widens
+    quantised pages, shares the tiles of a page out to four warps: along one axis, or along both.
 
     Args:
         rows: a multiple of 8.
         columns: a multiple of 16.
-        tma: whether TMA copies, which takes any.
+        by_warps: whether warps share; TMA takes any.
         most: bytes.
 
     Returns:
@@ -142,11 +153,12 @@ def swizzle(rows: int, columns: int, *, tma: bool, most: int = 128) -> int:
         tiles, rest = divmod(2 * columns, size)
         if size > most or rest:
             continue
-        if tma or down % 4 == 0 or (down % 2 == tiles % 2 == 0) or tiles % 4 == 0:
+        if not by_warps or down % 4 == 0 or (down % 2 == tiles % 2 == 0) or tiles % 4 == 0:
             return size
     raise NotImplementedError(
-        f"page_size={rows} with head_dim={columns}: cp.async shares tiles of 8 by 16 numbers of a "
-        "page out to four warps, which does not come out even: page sizes from 32 on serve"
+        f"page_size={rows} with head_dim={columns}: tiles of 8 by 16 numbers of a page, shared out "
+        "to four warps (by cp.async, or to widen quantised pages), do not come out even: page "
+        "sizes from 32 on serve"
     )
 
 
@@ -160,8 +172,10 @@ def check(request: Request, card: Card) -> None:
     Raises:
         NotImplementedError: they cannot serve; the message says why.
     """
-    if request.page_dtype is not None:
+    quantized = request.page_dtype is not None
+    if request.page_dtype == "float8_e4m3fn" and not card.fp8:
         raise NotImplementedError(
-            f"its portable kernels read no quantised pages ({request.page_dtype})"
+            f"{card.arch} has no instruction that converts fp8 numbers (Ada, sm_89, has): keep "
+            "pages in int8"
         )
-    swizzle(min(request.page_size, 32), request.head_dim, tma=card.tma)
+    swizzle(min(request.page_size, 32), request.head_dim, by_warps=quantized or not card.tma)

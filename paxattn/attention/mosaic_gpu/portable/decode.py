@@ -32,7 +32,7 @@ def attend_units(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
-    *,
+    *scales: jax.Array,
     block_tables: jax.Array,
     stored: jax.Array | None,
     schedule: Schedule,
@@ -50,6 +50,7 @@ def attend_units(
         q: [R, H, Q, D].
         k_pages: [L, N, H, P, D].
         v_pages: same.
+        *scales: of quantised K and V, [L, N, H, P] each.
         block_tables: i32[R, M].
         stored: i32[R], tokens that can be read, from `extent.readable`.
         schedule: from `schedule_decode`, for the same `block_kv`.
@@ -66,11 +67,11 @@ def attend_units(
     """
     t, shape, slots = tile, jax.ShapeDtypeStruct, schedule.merge_counts.shape[0]
 
-    def portable_decode(*refs: Any) -> None:
-        q, k, v, tables, items, core_items, stored, numbers, scale = refs[:9]
-        o, lse, o_parts, lse_parts = refs[9:13]
-        ring, core = Ring(*refs[13:]), lax.axis_index("core")
-        pools = Pools(k, v, tables, numbers[0], numbers[1], scale[0])
+    def portable_decode(*refs: Any, ring: Ring) -> None:
+        q, k, v, tables, items, core_items, stored, numbers, scale, *scales = refs[:-4]
+        o, lse, o_parts, lse_parts = refs[-4:]
+        core = lax.axis_index("core")
+        pools = Pools(k, v, tables, numbers[0], numbers[1], scale[0], *scales)
 
         @pl.loop(core_items[core], core_items[core + 1])
         def _(i: jax.Array) -> None:
@@ -104,7 +105,7 @@ def attend_units(
             shape((slots, *q.shape[2:]), jnp.float32),
             shape((slots, t.rows), jnp.float32),
         ),
-        scratch_types=scratch(t),
+        scratch_types=dict(ring=scratch(t)),
         grid=(num_cores,),
         grid_names=("core",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -119,6 +120,7 @@ def attend_units(
         stored,
         jnp.stack([layer, reach(sliding_window)]),
         scale.astype(jnp.float32).reshape(1),
+        *scales,
     )
     parts = merge(
         o_parts, lse_parts, schedule.merge_counts, out_dtype=out_dtype, interpret=interpret,

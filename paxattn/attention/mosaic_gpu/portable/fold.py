@@ -16,6 +16,10 @@ are no page (the number is clamped for the copy, its tokens are masked), and slo
 token, which may hold NaN: scores there are replaced, and rows of V are zeroed in shared memory,
 since 0 * NaN is NaN. Pages before a sliding window are not copied.
 
+Blocks of quantised pages are widened in shared memory (`_widen`), K before the first product and V
+before the second: numbers times scales, rounded to the queries' dtype. What follows finds what
+pages of that dtype would hold.
+
 Pallas' interpreter runs all of it but the product, which is `jnp.dot` there, and `cp.async`, which
 is a plain copy; layouts, registers and shared memory are seen by compiling for each kind of card.
 jax 0.10 has neither the product nor copies before Hopper.
@@ -35,7 +39,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu
 
-from paxattn.attention.mosaic_gpu.common import LOG2E, LOWEST, across, capped, load, store
+from paxattn.attention.mosaic_gpu.common import (
+    LOG2E,
+    LOWEST,
+    across,
+    capped,
+    load,
+    store,
+    widen_rows,
+)
 from paxattn.attention.mosaic_gpu.portable.ring import (
     Job,
     Pools,
@@ -46,6 +58,7 @@ from paxattn.attention.mosaic_gpu.portable.ring import (
     fetch,
     fetch_first,
     page_numbers,
+    page_scales,
 )
 
 plgpu: Any = mosaic_gpu  # (jax 0.10, which mypy may see, does not have all of it)
@@ -84,6 +97,16 @@ def _parts(t: Tile) -> range:
 
 def _part(t: Tile, ref: Any, column: int) -> Any:
     return ref.at[:, pl.ds(column, t.columns)]
+
+
+def _widen(t: Tile, ring: Ring, numbers: Any, scales: tuple[jax.Array, ...]) -> Any:
+    """A block of K or V in 16 bits: of quantised pages widened page by page, else as it is."""
+    if t.page_dtype is None:
+        return numbers
+    for i, factors in enumerate(scales):
+        rows = pl.ds(i * t.copy, t.copy)
+        widen_rows(numbers.at[rows], factors, ring.wide.at[rows], t.widening)
+    return ring.wide
 
 
 def _seen(t: Tile, pools: Pools, job: Job, first: jax.Array) -> jax.Array:
@@ -125,16 +148,18 @@ def _fold(
     carry: tuple,
 ) -> tuple:
     """Folds one block into the running sums; with `edge` it may hold what some row does not see."""
-    numbers, acc, top, total = carry
+    numbers, scales, acc, top, total = carry
     slot, blocks = lax.rem(step, jnp.int32(t.stages)), job.walk.blocks
     first = job.walk.start + job.walk.block(step) * t.block_kv
     ahead = page_numbers(t, pools, job, step + t.stages)
+    scales_ahead = page_scales(t, pools, job, step + 1)
     await_keys(t, ring, step, blocks)
     fetch(t, pools, ring, job, step + (t.stages - 1), numbers)
 
+    keys = _widen(t, ring, ring.k.at[slot], scales[: t.copies])
     scores = _filled(t, 0.0, t.rows, t.block_kv)
     for column in _parts(t):
-        k = _part(t, ring.k.at[slot], column).transpose((1, 0))
+        k = _part(t, keys, column).transpose((1, 0))
         scores = _mma(t, scores, queries(column), load(k, _right(t)))
     scores = scores * pools.scale
     if t.soft_cap is not None:
@@ -152,14 +177,15 @@ def _fold(
     acc = tuple(a * across(fade, a.shape, 0) for a in acc)
 
     await_values(t, ring, step, blocks)
+    values = _widen(t, ring, ring.v.at[slot], scales[t.copies :])
     if edge:
-        _clear_past(t, ring.v.at[slot], job.stored - first)
+        _clear_past(t, values, job.stored - first)
     p = load(ring.p, _left(t))
     acc = tuple(
-        _mma(t, a, p, load(_part(t, ring.v.at[slot], column), _right(t)))
+        _mma(t, a, p, load(_part(t, values, column), _right(t)))
         for a, column in zip(acc, _parts(t), strict=True)
     )
-    return ahead, acc, new_top, total
+    return ahead, scales_ahead, acc, new_top, total
 
 
 def attend(
@@ -186,6 +212,7 @@ def attend(
     kept = {column: queries(column) for column in _parts(t)} if t.keeps_queries else {}
     carry = (
         numbers,
+        page_scales(t, pools, job, jnp.int32(0)),
         tuple(_filled(t, 0.0, t.rows, t.columns) for _ in _parts(t)),
         _filled(t, LOWEST, t.rows),
         _filled(t, 0.0, t.rows, t.block_kv) if t.lazy else _filled(t, 0.0, t.rows),
@@ -193,7 +220,7 @@ def attend(
     fold = functools.partial(_fold, t, pools, ring, job, kept.__getitem__ if kept else queries)
     walk = job.walk
     carry = lax.fori_loop(0, walk.num_plain, functools.partial(fold, False), carry)
-    _, acc, top, total = lax.fori_loop(
+    _, _, acc, top, total = lax.fori_loop(
         walk.num_plain, walk.blocks, functools.partial(fold, True), carry
     )
     return acc, total.sum(axis=1) if t.lazy else total, top

@@ -33,18 +33,20 @@ def tile(s: Static, rows: int, *, max_pages: int, tma: bool) -> Tile:
         group=s.group, head_dim=s.head_dim, page_size=s.page_size, num_pages=s.num_pages,
         dtype=s.dtype, causal=s.causal, window=s.window, soft_cap=s.soft_cap,
         block_kv=s.config.block_kv, stages=s.config.stages, interpret=s.interpret,
+        page_dtype=s.page_dtype,
     )  # fmt: skip
 
 
 def kernel(s: Static, t: Tile) -> Callable[..., None]:
-    """Makes the kernel: a function of the fields of `Refs` (but for `cta`) and of `Ring`."""
+    """Makes the kernel: a function of references to global memory and, by name, of a `Ring`."""
 
-    def portable_prefill(*given: Any) -> None:
-        refs = Refs(lax.axis_index("cta"), *given[:9])
-        ring, numbers = Ring(*given[9:]), refs.numbers
+    def portable_prefill(*given: Any, ring: Ring) -> None:
+        refs = Refs.of(lax.axis_index("cta"), *given)
+        numbers = refs.numbers
         pools = Pools(
-            refs.k_pages, refs.v_pages, refs.block_tables, numbers[2], numbers[3], refs.scale[0]
-        )
+            refs.k_pages, refs.v_pages, refs.block_tables, numbers[2], numbers[3], refs.scale[0],
+            refs.k_scales, refs.v_scales,
+        )  # fmt: skip
 
         @pl.loop(0, num_items(s, refs))
         def _(nth: jax.Array) -> None:

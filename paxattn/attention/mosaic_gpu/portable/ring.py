@@ -3,6 +3,10 @@
 Blackwell copies by TMA, which reports to a barrier per stage; Ampere and Ada by `cp.async`, which
 reports nothing: one waits until at most so many of the copies asked for last are still under way.
 
+Of quantised pages the ring holds the narrow numbers. Scales of a page and head are few (32 bytes of
+16 tokens): too few for `cp.async`, which all 128 threads take part in with 4 bytes or more. They
+are loaded into registers, a block ahead.
+
 Letters: L layers, N pages, H KV heads, P `page_size`, D head_dim, B `block_kv`, R rows of the
 batch, M entries of a row's block table.
 """
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu
 
-from paxattn.attention.mosaic_gpu.common import barriers
+from paxattn.attention.mosaic_gpu.common import barriers, copy_layout, load
 from paxattn.attention.mosaic_gpu.portable.config import swizzle
 from paxattn.attention.mosaic_gpu.prefill_work import Walk
 
@@ -41,11 +45,12 @@ class Tile:
         causal: whether a query is blind to later positions.
         window: whether a sliding window is given.
         soft_cap: on scaled scores, or None.
-        dtype: of queries and pages.
+        dtype: of queries, and of pages that are not quantised.
         block_kv: B, tokens per step.
         stages: blocks in the ring.
         tma: whether copies are TMA's, else `cp.async`.
         interpret: whether Pallas' interpreter runs this.
+        page_dtype: of quantised pages, or None.
     """
 
     rows: int
@@ -62,6 +67,7 @@ class Tile:
     stages: int
     tma: bool
     interpret: bool
+    page_dtype: Any = None
 
     @property
     def warps(self) -> int:
@@ -94,9 +100,14 @@ class Tile:
 
     @property
     def swizzle(self) -> int:
-        """Bytes over which columns of K and V are swizzled (tiles are 8 rows by that)."""
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return swizzle(self.copy, self.head_dim, tma=self.tma, most=self.columns * itemsize)
+        """Bytes over which 16-bit columns are swizzled (tiles are 8 rows by that)."""
+        by_warps = not self.tma or self.page_dtype is not None
+        return swizzle(self.copy, self.head_dim, by_warps=by_warps, most=2 * self.columns)
+
+    @property
+    def widening(self) -> Any:
+        """The layout in which pages are widened, all warps at one."""
+        return copy_layout(self.copy, self.head_dim, self.swizzle)
 
     @property
     def keeps_queries(self) -> bool:
@@ -113,6 +124,8 @@ class Pools(NamedTuple):
     layer: jax.Array
     window: jax.Array  # positive
     scale: jax.Array  # of scores, log2(e) included unless there is a soft cap
+    k_scales: Any = None  # bf16[L, N, H, P], of quantised pages
+    v_scales: Any = None  # same
 
 
 class Ring(NamedTuple):
@@ -123,20 +136,25 @@ class Ring(NamedTuple):
     p: Any  # [Q, B], on its way from one product to the next
     k_there: Any = None
     v_there: Any = None
+    wide: Any = None  # [B, D], of quantised pages: the block of K or V that is worked with
 
 
-def scratch(t: Tile) -> list[Any]:
+def scratch(t: Tile) -> Ring:
     """The fields of `Ring`, as types."""
 
-    def matrix(*shape: int, size: int) -> Any:
-        tile = plgpu.TilingTransform((8, size // jnp.dtype(t.dtype).itemsize))
-        transforms = (tile, plgpu.SwizzleTransform(size))
-        return plgpu.SMEM(shape, t.dtype, transforms=transforms)
+    def matrix(*shape: int, size: int, dtype: Any = t.dtype) -> Any:
+        transforms = [plgpu.TilingTransform((8, size // jnp.dtype(dtype).itemsize))]
+        if size > 16:  # (rows of a tile that are not a single read)
+            transforms.append(plgpu.SwizzleTransform(size))
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    ring = matrix(t.stages, t.block_kv, t.head_dim, size=t.swizzle)
     p = matrix(t.rows, t.block_kv, size=128 if t.block_kv % 64 == 0 else 64)
-    there = [barriers(t.stages, arrivals=t.copies)] * 2 if t.tma else []
-    return [ring, ring, p, *there]
+    there = barriers(t.stages, arrivals=t.copies) if t.tma else None
+    ring, wide = matrix(t.stages, t.block_kv, t.head_dim, size=t.swizzle), None
+    if t.page_dtype is not None:  # (tiles of as many columns)
+        ring = matrix(t.stages, t.block_kv, t.head_dim, size=t.swizzle // 2, dtype=t.page_dtype)
+        wide = matrix(t.block_kv, t.head_dim, size=t.swizzle)
+    return Ring(ring, ring, p, there, there, wide)
 
 
 class Job(NamedTuple):
@@ -167,6 +185,29 @@ def page_numbers(t: Tile, pools: Pools, job: Job, step: jax.Array) -> tuple[jax.
     return tuple(pools.block_tables[job.row, jnp.minimum(first + i, last)] for i in range(t.copies))
 
 
+def page_scales(t: Tile, pools: Pools, job: Job, step: jax.Array) -> tuple[jax.Array, ...]:
+    """Of quantised pages the scales of a step's block: a vector per page of K, then those of V."""
+    if t.page_dtype is None:
+        return ()
+    rows, numbers = _rows_of_pages(t, job, step), page_numbers(t, pools, job, step)
+    return tuple(
+        load(scales.at[pools.layer, _clipped(t, number), job.head, rows], t.widening.reduce(1))
+        for scales in (pools.k_scales, pools.v_scales)
+        for number in numbers
+    )
+
+
+def _clipped(t: Tile, number: jax.Array) -> jax.Array:
+    return jnp.clip(number, 0, t.num_pages - 1)
+
+
+def _rows_of_pages(t: Tile, job: Job, step: jax.Array) -> Any:
+    """Which tokens of its pages are in the block of a step."""
+    first = job.walk.start + job.walk.block(step) * t.block_kv
+    part = lax.rem(lax.div(first, _i32(t.copy)), _i32(t.page_size // t.copy))
+    return pl.ds(0 if t.copy == t.page_size else part * t.copy, t.copy)
+
+
 def _copy(t: Tile, source: Any, target: Any, there: Any) -> None:
     if t.tma:
         plgpu.copy_gmem_to_smem(source, target, there)
@@ -188,18 +229,15 @@ def fetch(
     def copies() -> None:
         if t.tma:
             plgpu.commit_smem()
-        slot, size = lax.rem(step, _i32(t.stages)), t.copy
-        first = job.walk.start + job.walk.block(step) * t.block_kv
-        part = lax.rem(lax.div(first, _i32(size)), _i32(t.page_size // size))
+        slot, size, rows = lax.rem(step, _i32(t.stages)), t.copy, _rows_of_pages(t, job, step)
         for pages, place, there in (
             (pools.k_pages, ring.k, ring.k_there),
             (pools.v_pages, ring.v, ring.v_there),
         ):
             for i, number in enumerate(numbers):
-                page = jnp.clip(number, 0, t.num_pages - 1)
-                source = pages.at[pools.layer, page, job.head]
+                source = pages.at[pools.layer, _clipped(t, number), job.head]
                 if size < t.page_size:
-                    source = source.at[pl.ds(part * size, size)]
+                    source = source.at[rows]
                 target = place.at[slot, pl.ds(i * size, size)]
                 _copy(t, source, target, there.at[slot] if t.tma else None)
 
