@@ -91,6 +91,13 @@ _OF_A_DEVICE = 0.85  # of the memory that the weights leave; the rest is for wha
     help="A jinja file.  [default: the checkpoint's]",
 )
 @click.option(
+    "--scheduling-policy",
+    type=click.Choice(["fcfs", "priority"]),
+    default="fcfs",
+    show_default=True,
+    help="Who comes first goes first; or requests say their priority, the lowest first.",
+)
+@click.option(
     "--max-body", type=Bytes(), default="4MiB", show_default=True, help="Bytes of a request."
 )
 @click.option(
@@ -112,6 +119,7 @@ def serve(
     num_pages: int | None,
     page_size: int,
     chat_template: Path | None,
+    scheduling_policy: str,
     max_body: int,
     grace: int,
     dtype: str | None,
@@ -153,11 +161,13 @@ def serve(
             name=name or (model or bundled().name).rstrip("/"),
             stop_token_ids=checkpoint.stop_token_ids,
             chat_template=template,
+            priorities=scheduling_policy == "priority",
             max_body_bytes=max_body,
         )
         with working(log, "compiling"):
             engine.warm_up()
-        url = f"http://{host}:{sock.getsockname()[1]}/v1"
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{sock.getsockname()[1]}/v1"
         log.print(
             f"serving at {url}, {engine.num_pages} pages of {page_size} tokens", soft_wrap=True
         )

@@ -33,6 +33,7 @@ def create_app(
     name: str,
     stop_token_ids: tuple[int, ...] = (),
     chat_template: ChatTemplate | None = None,
+    priorities: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> Starlette:
     """An ASGI application that serves one model by the OpenAI API.
@@ -46,6 +47,8 @@ def create_app(
         name: the model's, as clients call it.
         stop_token_ids: tokens that end a text, such as the checkpoint's eos ids.
         chat_template: for chat completions.
+        priorities: whether clients may set the field ``priority``, the lowest of which go first (as
+            with vLLM; an `Engine` counts the other way round); if not, who comes first goes first.
         max_body_bytes: of a request.
 
     Raises:
@@ -53,7 +56,13 @@ def create_app(
     """
     if engine.tokenizer is None:
         raise ValueError("the engine has no tokenizer: a server needs one, for text and stop lists")
-    reader = Reader(engine=engine, name=name, stop_token_ids=stop_token_ids, template=chat_template)
+    reader = Reader(
+        engine=engine,
+        name=name,
+        stop_token_ids=stop_token_ids,
+        template=chat_template,
+        priorities=priorities,
+    )
     served = Served(reader, max_body_bytes)
     return Starlette(
         routes=[
@@ -126,6 +135,14 @@ class Served:
 
     async def _answer(self, request: Request, read: Callable[[Any], Asked]) -> Response:
         body = await _body(request, self._max_body_bytes)
+        # A web page can have a browser send anything else to this machine without asking it first.
+        kind = request.headers.get("content-type", "")
+        if kind.split(";")[0].strip().lower() != "application/json":
+            raise ApiError(
+                f"the header Content-Type is {kind[:80]!r}: must be application/json",
+                status=415,
+                code="unsupported_media_type",
+            )
         asked = await asyncio.to_thread(_parse, body, read)  # a long text takes long to tokenize
         try:
             deltas = await self._engine.stream(asked.prompts, **asked.options)
