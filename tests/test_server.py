@@ -17,6 +17,7 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from paxattn import cli
+from paxattn.cli.serve import _url
 from paxattn.models import CheckpointError, Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.serving import AsyncEngine, Engine, NotServing, QueueFull
@@ -319,6 +320,53 @@ def test_shutdown_lets_streams_come_to_their_end():
 
 
 JSON = {"content-type": "application/json; charset=utf-8"}
+
+
+def test_requests_whose_time_is_up_are_told_so(monkeypatch):
+    step = ENGINE.step
+    monkeypatch.setattr(ENGINE, "step", lambda: time.sleep(0.1) or step())
+
+    async def main():
+        running = server.Server(app(), grace=0.2)
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            serving = asyncio.create_task(running.serve(sockets=[sock]))
+            base = f"http://127.0.0.1:{sock.getsockname()[1]}"
+            async with official(base) as client:
+                ask = {"model": "tiny", "prompt": "w001", "max_tokens": 47}
+                events = await client.completions.create(**ask, n=2, stream=True)
+                whole = asyncio.create_task(client.completions.create(**ask))
+                await anext(events)
+                running.should_exit = True
+                with pytest.raises(openai.APIError, match="the server is shutting down"):
+                    [event async for event in events]
+                with pytest.raises(openai.InternalServerError, match="shutting down") as error:
+                    await whole
+                assert error.value.status_code == 503
+            await serving
+
+    asyncio.run(main())
+    assert ENGINE.num_unfinished == 0
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("localhost", "localhost")])
+def test_the_printed_address(host, shown):
+    assert _url(host, 80) == f"http://{shown}:80/v1"
+
+
+def test_what_a_body_says():
+    """The lowest priority goes first here, the highest in an engine."""
+    options = {"engine": ENGINE, "name": "tiny", "stop_token_ids": (7,), "template": TEMPLATE}
+    read = server.protocol.Reader(**options, priorities=True).completion
+    assert read({**PROMPT, "priority": -3}).options["priority"] == 3
+    assert server.protocol.Reader(**options, priorities=False).completion({**PROMPT, "priority": 0})
+    assert read({**PROMPT, "temperature": 1e-300}).options["sampling"].temperature == 0
+    assert read({**PROMPT, "n": 2, "best_of": 2}).options["num_samples"] == 2
+    asked = read({**PROMPT, "prompt": "never  heard", "echo": True, "ignore_eos": True})
+    assert (asked.echoes, asked.options["stop_token_ids"]) == (["never  heard"], [])
+    asked = read({**PROMPT, "prompt": [[1, 2], [3]], "echo": True, "stop_token_ids": [9]})
+    assert (asked.echoes, asked.options["stop_token_ids"]) == (["w001 w002", "w003"], [7, 9])
+
+
 PROMPT = {"model": "tiny", "prompt": "w001"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "w001"}]}
 # (body, status, param, code, message)
@@ -434,6 +482,7 @@ def test_bad_input_gets_the_error_of_the_api():
                 found = await client.request(method, where)
                 assert found.status_code == status
                 assert found.json()["error"]["type"] == "invalid_request_error"
+                assert "/v1/completions" in found.json()["error"]["message"] or status == 415
             form = {"content-type": "application/x-www-form-urlencoded"}
             found = await client.post("/v1/completions", content=json.dumps(PROMPT), headers=form)
             assert (found.status_code, found.json()["error"]["code"]) == (

@@ -39,7 +39,7 @@ def create_app(
     """An ASGI application that serves one model by the OpenAI API.
 
     It drives the engine from its start to its shutdown, when it lets the requests that there are
-    come to their ends.
+    come to their ends; ``state.abort()`` ends them at once, and tells the clients, see `Server`.
 
     Args:
         engine: with a tokenizer, and without requests. Its ``max_requests`` is the bound of the
@@ -64,7 +64,7 @@ def create_app(
         priorities=priorities,
     )
     served = Served(reader, max_body_bytes)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", served.completions, methods=["POST"]),
             Route("/v1/chat/completions", served.chat, methods=["POST"]),
@@ -79,6 +79,8 @@ def create_app(
         },
         lifespan=served.lifespan,
     )
+    app.state.abort = served.abort
+    return app
 
 
 class Served:
@@ -104,6 +106,10 @@ class Served:
             with contextlib.suppress(NotServing):
                 await self._engine.drain()
 
+    def abort(self) -> None:
+        """See `AsyncEngine.abort`."""
+        self._engine.abort()
+
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         return await self._answer(request, self._reader.completion)
@@ -118,8 +124,7 @@ class Served:
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/NAME``."""
-        if request.path_params["model"] != self._reader.name:
-            raise ApiError("there is no such model here", status=404, code="model_not_found")
+        self._reader.check_model(request.path_params["model"])
         return Json(self._model)
 
     async def health(self, request: Request) -> Response:

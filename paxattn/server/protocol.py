@@ -164,18 +164,21 @@ class Reader:
             **self._streaming(fields),
         )
 
-    def _fields(
-        self, body: Any, own: set[str], unsupported: Mapping[str, tuple[tuple[Any, ...], str]]
-    ) -> Fields:
-        fields = Fields(body, _COMMON | own)
-        model = fields.text("model")
-        if model != self.name:
+    def check_model(self, name: str) -> None:
+        """Refuse a model of another name."""
+        if name != self.name:
             raise ApiError(
-                f"there is no model {model[:200]!r} here, only {self.name!r}",
+                f"there is no model {name[:200]!r} here, only {self.name!r}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
+
+    def _fields(
+        self, body: Any, own: set[str], unsupported: Mapping[str, tuple[tuple[Any, ...], str]]
+    ) -> Fields:
+        fields = Fields(body, _COMMON | own)
+        self.check_model(fields.text("model"))
         for name, (values, why) in unsupported.items():
             fields.only(name, values, why)
         return fields
