@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 
 from paxattn.decode_step import Status
 from paxattn.models import Decoder
-from paxattn.serving import Engine, HostPages, SnapshotError, offload, pays_from
+from paxattn.serving import Engine, HostPages, Policy, SnapshotError, offload, pays_from
 
 PAGES = 9
 TOKENIZER = Tokenizer(WordLevel({f"w{i:03}": i for i in range(serving.V)}, unk_token="w000"))
@@ -123,17 +123,22 @@ def serve_until_killed(path):
         engine.step()
 
 
-def killed(call):
-    """What another process has told in its first line, before it was killed."""
+def another_process(call, **environment):
+    """One that calls a function of this file."""
     here = Path(__file__).parent
-    process = subprocess.Popen(
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
+    return subprocess.Popen(
         [sys.executable, "-c", f"import test_moves; test_moves.{call}"],
         cwd=here,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
+        env=os.environ | environment,
     )
-    with process:
+
+
+def killed(call):
+    """What another process has told in its first line, before it was killed."""
+    with another_process(call) as process:
         line = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -254,7 +259,7 @@ def offloading(state, tokens):
     return offload.settled(dataclasses.replace(state, policy=policy), serving.MODEL)
 
 
-def run_blocks(state, asked, host, num_pages):
+def run_blocks(state, asked, host, num_pages, model=serving.MODEL):
     """Run requests in blocks, with the host's part between them; how many times pages came back."""
     for i, one in enumerate(asked):
         requests = serving.engine._put(state.requests, np.int32(i), one.request(state, i))
@@ -268,7 +273,7 @@ def run_blocks(state, asked, host, num_pages):
         for place in np.flatnonzero((away > 0) & (np.asarray(state.away) == 0)).tolist():
             assert lens[owners.index(place)] == away[place]  # nothing is to be computed again
             returns += 1
-        state = serving.engine._serve(serving.MODEL, state, np.int32(5), **serving.PLAIN)
+        state = serving.engine._serve(model, state, np.int32(5), **serving.PLAIN)
         assert int(state.use.num_steps) < 2000
     assert serving.checked(state, num_pages) == 0
     assert not state.away.any()
@@ -330,7 +335,83 @@ def test_a_request_that_is_aborted_on_its_way_leaves_nothing(which):
     assert serving.checked(engine._state, PAGES) == 0
 
 
+def test_the_policy_and_the_figures_are_those_of_the_engine_that_goes_on(tmp_path):
+    engine = new_engine()
+    ask(engine)
+    run_until_one_has_ended(engine)
+    engine.save(tmp_path / "state")
+    other = new_engine()
+    policy = jax.tree.map(jnp.int32, Policy(token_budget=7, watermark=1, offload_from=4))
+    other._state = committed(dataclasses.replace(other.state, policy=policy))
+    ran = []
+    other._pace.took = lambda storing, steps, seconds: ran.append(steps)
+    assert other.restore(tmp_path / "state")
+    assert jax.tree.leaves(other.state.policy) == [7, 1, 4]
+    before, stats = int(other.state.use.num_steps), other.stats
+    assert before > 5
+    assert (stats.num_steps, stats.preemptions, stats.looked_up_tokens) == (0, 0, 0)
+    while other.num_unfinished:
+        other.step()
+        assert 0 < ran[-1] <= 5
+    assert sum(ran) == other.stats.num_steps == int(other.state.use.num_steps) - before
+    assert other._host_pages.moved > 0  # as its own policy says
+
+
 @pytest.mark.slow
 def test_where_moving_pays_is_measured():
     state = serving.init_serve(serving.MODEL, **serving.SIZES)
     assert pays_from(serving.MODEL, state) >= 1
+
+
+# On a mesh.
+
+SIZES = {"max_seqs": 3, "max_requests": 8, "max_tokens": 32, "step_tokens": 8}
+
+
+def engine_on_two_devices():
+    """A model split over two devices by its heads, in an engine that moves pages to the host."""
+    model = Decoder(
+        dataclasses.replace(serving.CONFIG, num_kv_heads=2), rngs=nnx.Rngs(0), stacked=True
+    )
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    for name, kernel in model.kernels.items():
+        spec = jax.P(None, "heads") if name == "qkv" else jax.P(None, None, "heads")
+        kernel.set_value(jax.device_put(kernel[...], jax.NamedSharding(mesh, spec)))
+    return Engine(model, num_pages=12, page_size=4, steps_per_read=4, offload_from=1, **SIZES)
+
+
+def count_compilations(path):
+    """What a process with two devices does: what is compiled for one workload, three times."""
+    compiled, ours = [], {"serve", "put", "stop", "take_out", "to_bring_back", "bring_back"}
+
+    def listen(event, _, fun_name="", **more):
+        name = fun_name.removeprefix("jit(").removesuffix(")")
+        if event.endswith("backend_compile_duration") and name in ours:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    engine, options = engine_on_two_devices(), {"max_new_tokens": 16}
+    assert engine.state.pool.cache.k_pages.sharding.spec[2] == "heads"
+    found = []
+    for _ in range(3):
+        for i in range(6):
+            engine.add_request(list(range(1, 10 + i)), priority=i, **options)
+        told = put_together(engine.drain())
+        found.append([told[i][0] for i in sorted(told)])
+        engine.abort(engine.add_request([1], **options))
+        engine.drain()
+        assert sorted(compiled) == sorted(ours)
+        engine.save(path)
+        engine.restore(path)
+    alone = [engine.generate([list(range(1, 10 + i))], **options)[0].tokens for i in range(6)]
+    assert found == [alone] * 3
+    assert engine._host_pages.moved > 2
+    assert sorted(compiled) == sorted(ours)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_nothing_is_compiled_anew_when_pages_moved_or_a_file_was_read(tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    call = f"count_compilations({str(tmp_path / 'state')!r})"
+    with another_process(call, XLA_FLAGS=flags) as process:
+        assert process.wait() == 0

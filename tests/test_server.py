@@ -17,6 +17,7 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from paxattn import cli
+from paxattn.cli.serve import _url
 from paxattn.models import CheckpointError, Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.serving import AsyncEngine, Engine, NotServing, QueueFull
@@ -318,6 +319,54 @@ def test_shutdown_lets_streams_come_to_their_end():
     asyncio.run(main())
 
 
+JSON = {"content-type": "application/json; charset=utf-8"}
+
+
+def test_requests_whose_time_is_up_are_told_so(monkeypatch):
+    step = ENGINE.step
+    monkeypatch.setattr(ENGINE, "step", lambda: time.sleep(0.1) or step())
+
+    async def main():
+        running = server.Server(app(), grace=0.2)
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            serving = asyncio.create_task(running.serve(sockets=[sock]))
+            base = f"http://127.0.0.1:{sock.getsockname()[1]}"
+            async with official(base) as client:
+                ask = {"model": "tiny", "prompt": "w001", "max_tokens": 47}
+                events = await client.completions.create(**ask, n=2, stream=True)
+                whole = asyncio.create_task(client.completions.create(**ask))
+                await anext(events)
+                running.should_exit = True
+                with pytest.raises(openai.APIError, match="the server is shutting down"):
+                    [event async for event in events]
+                with pytest.raises(openai.InternalServerError, match="shutting down") as error:
+                    await whole
+                assert error.value.status_code == 503
+            await serving
+
+    asyncio.run(main())
+    assert ENGINE.num_unfinished == 0
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("localhost", "localhost")])
+def test_the_printed_address(host, shown):
+    assert _url(host, 80) == f"http://{shown}:80/v1"
+
+
+def test_what_a_body_says():
+    """The lowest priority goes first here, the highest in an engine."""
+    options = {"engine": ENGINE, "name": "tiny", "stop_token_ids": (7,), "template": TEMPLATE}
+    read = server.protocol.Reader(**options, priorities=True).completion
+    assert read({**PROMPT, "priority": -3}).options["priority"] == 3
+    assert server.protocol.Reader(**options, priorities=False).completion({**PROMPT, "priority": 0})
+    assert read({**PROMPT, "temperature": 1e-300}).options["sampling"].temperature == 0
+    assert read({**PROMPT, "n": 2, "best_of": 2}).options["num_samples"] == 2
+    asked = read({**PROMPT, "prompt": "never  heard", "echo": True, "ignore_eos": True})
+    assert (asked.echoes, asked.options["stop_token_ids"]) == (["never  heard"], [])
+    asked = read({**PROMPT, "prompt": [[1, 2], [3]], "echo": True, "stop_token_ids": [9]})
+    assert (asked.echoes, asked.options["stop_token_ids"]) == (["w001 w002", "w003"], [7, 9])
+
+
 PROMPT = {"model": "tiny", "prompt": "w001"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "w001"}]}
 # (body, status, param, code, message)
@@ -334,7 +383,6 @@ BAD = [
     ({**PROMPT, "temperature": "hot"}, 400, "temperature", None, "must be a number"),
     ({**PROMPT, "temperature": 2.5}, 400, "temperature", None, "from 0 to 2"),
     ({**PROMPT, "temperature": float("nan")}, 400, "temperature", None, "from 0 to 2"),
-    ({**PROMPT, "temperature": 1e-300}, 400, None, None, "must be 0 (greedy) or a positive number"),
     ({**PROMPT, "max_tokens": 1.5}, 400, "max_tokens", None, "an integer"),
     ({**PROMPT, "max_tokens": True}, 400, "max_tokens", None, "an integer"),
     ({**PROMPT, "max_tokens": -1}, 400, "max_tokens", None, "an integer from 0"),
@@ -357,16 +405,26 @@ BAD = [
     ({**PROMPT, "n": 13}, 400, "n", None, "places for 12"),
     ({**PROMPT, "stop": [1]}, 400, "stop", None, "a string that is not empty"),
     ({**PROMPT, "stop": ["x"] * 17}, 400, "stop", None, "at most 16"),
-    ({**PROMPT, "stop": "\ud800"}, 400, None, None, "no valid text"),
-    ({**PROMPT, "stop_token_ids": [999]}, 400, None, None, "stop_token_ids has 999"),
-    ({**PROMPT, "stop_token_ids": list(range(9))}, 400, None, None, "at most 8"),
+    ({**PROMPT, "stop": "\ud800"}, 400, "stop", None, "no valid text"),
+    ({**PROMPT, "stop_token_ids": [999]}, 400, "stop_token_ids", None, "stop_token_ids has 999"),
+    ({**PROMPT, "stop_token_ids": list(range(9))}, 400, "stop_token_ids", None, "at most 8"),
     ({**PROMPT, "seed": "x"}, 400, "seed", None, "an integer"),
     ({**PROMPT, "stream": 1}, 400, "stream", None, "true or false"),
     ({**PROMPT, "stream_options": {}}, 400, "stream_options", None, "goes with stream only"),
     ({**PROMPT, "stream_options": 1}, 400, "stream_options", None, "an object"),
+    (
+        {**PROMPT, "stream": True, "stream_options": {"include_usage": 1}},
+        400,
+        "stream_options.include_usage",
+        None,
+        "true or false",
+    ),
     ({**PROMPT, "logprobs": 21}, 400, "logprobs", None, "from 0 to 20"),
     ({**PROMPT, "logprobs": 0, "echo": True}, 400, "echo", None, "do not go together"),
-    ({**PROMPT, "best_of": 2}, 400, "best_of", "unsupported", "all of n samples"),
+    ({**PROMPT, "best_of": 2}, 400, "best_of", "unsupported", "all of n samples; leave it out"),
+    ({**PROMPT, "n": 2, "best_of": 3}, 400, "best_of", "unsupported", "all of n samples"),
+    ({**PROMPT, "priority": 1}, 400, "priority", "unsupported", "--scheduling-policy priority"),
+    ({**PROMPT, "priority": 2**31}, 400, "priority", None, "an integer from -2147483647"),
     ({**PROMPT, "presence_penalty": 2.5}, 400, "presence_penalty", None, "from -2 to 2"),
     ({**PROMPT, "logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported", "no logits"),
     ({**CHAT, "messages": []}, 400, "messages", None, "a list of messages"),
@@ -379,6 +437,20 @@ BAD = [
         "messages[0].content",
         None,
         "parts of type text only",
+    ),
+    (
+        {**CHAT, "messages": [{"role": "user", "content": "w001", "name": 5}]},
+        400,
+        "messages[0].name",
+        None,
+        "messages[0].name is 5: must be a string",
+    ),
+    (
+        {**CHAT, "messages": [{"role": "user", "content": "w001", "audio": {}}]},
+        400,
+        "messages[0].audio",
+        "unknown_field",
+        "leave it out",
     ),
     ({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", None, "utf-8"),
     ({**CHAT, "tools": [{}]}, 400, "tools", "unsupported", "calls no tools"),
@@ -395,7 +467,7 @@ def test_bad_input_gets_the_error_of_the_api():
                 chat = isinstance(body, dict) and "messages" in body
                 where = "/v1/chat/completions" if chat else "/v1/completions"
                 content = body if isinstance(body, bytes) else json.dumps(body)
-                found = await client.post(where, content=content)
+                found = await client.post(where, content=content, headers=JSON)
                 error = found.json()["error"]
                 assert set(error) == {"message", "type", "param", "code"}
                 got = found.status_code, error["param"], error["code"]
@@ -405,10 +477,19 @@ def test_bad_input_gets_the_error_of_the_api():
             for method, where, status in [
                 ("GET", "/nowhere", 404),
                 ("GET", "/v1/completions", 405),
+                ("POST", "/v1/completions", 415),  # without a content type
             ]:
                 found = await client.request(method, where)
                 assert found.status_code == status
                 assert found.json()["error"]["type"] == "invalid_request_error"
+                assert "/v1/completions" in found.json()["error"]["message"] or status == 415
+            form = {"content-type": "application/x-www-form-urlencoded"}
+            found = await client.post("/v1/completions", content=json.dumps(PROMPT), headers=form)
+            assert (found.status_code, found.json()["error"]["code"]) == (
+                415,
+                "unsupported_media_type",
+            )
+            assert "must be application/json" in found.json()["error"]["message"]
             assert (await client.get("/health")).json() == {"status": "ok"}
             assert (await client.get("/v1/models/other")).status_code == 404
 
@@ -538,7 +619,8 @@ def test_a_process_under_load(tmp_path):
 
     async def nonsense(client, i):
         body = [b"{", b'{"model": 1}', b'{"prompt": "' + b"x" * 5_000_000 + b'"}'][i % 3]
-        found = await client._client.post(f"{client.base_url}completions", content=body)
+        url = f"{client.base_url}completions"
+        found = await client._client.post(url, content=body, headers=JSON)
         assert found.status_code == (413 if i % 3 == 2 else 400)
         assert set(found.json()["error"]) == {"message", "type", "param", "code"}
         with pytest.raises(openai.BadRequestError, match="at most 2048 tokens"):
@@ -619,7 +701,7 @@ def test_values_too_deep_to_be_quoted():
                 deep = "[" * depth + "]" * depth
                 for name in ("temperature", "prompt"):
                     body = f'{{"model": "tiny", "{name}": {deep}, "n": 1}}'
-                    found = await client.post("/v1/completions", content=body)
+                    found = await client.post("/v1/completions", content=body, headers=JSON)
                     assert found.status_code == 400, depth
 
     asyncio.run(main())

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import test_moves as moves
 import test_serving as serving
 from flax import nnx
 
@@ -90,6 +91,25 @@ def test_a_server_gives_back_what_windows_left_behind():
     state, preempted = check_workload(20, 6, 5)
     assert preempted
     assert int(state.use.cached_tokens) > 0
+
+
+def test_what_fits_while_it_runs_can_come_back():
+    """In three pages, a step of eight tokens needs five: they are stored fewer at a time."""
+    _, preempted = check_workload(41, MOST, 8)
+    assert preempted
+    served = serving.Engine(MODEL, **{**serving.SIZES, "num_pages": MOST})
+    assert served.longest == serving.LONGEST
+    served = serving.Engine(MODEL, **{**serving.SIZES, "num_pages": MOST - 1})
+    assert served.longest == (MOST - 1) * P + 1
+
+
+def test_pages_that_come_back_are_those_that_the_window_sees():
+    """The longest request fills eight pages; here are four."""
+    asked, host = serving.workload(42, priorities=3), moves.HostPages()
+    state = moves.offloading(serving.new_state(4, 8, model=MODEL), 1)
+    state, returns = moves.run_blocks(state, asked, host, 4, MODEL)
+    serving.assert_same(state, serving.alone(asked, MODEL))
+    assert 0 < returns == host.moved == int(state.preemptions)
 
 
 @pytest.mark.slow

@@ -91,6 +91,13 @@ _OF_A_DEVICE = 0.85  # of the memory that the weights leave; the rest is for wha
     help="A jinja file.  [default: the checkpoint's]",
 )
 @click.option(
+    "--scheduling-policy",
+    type=click.Choice(["fcfs", "priority"]),
+    default="fcfs",
+    show_default=True,
+    help="Who comes first goes first; or requests say their priority, the lowest first.",
+)
+@click.option(
     "--max-body", type=Bytes(), default="4MiB", show_default=True, help="Bytes of a request."
 )
 @click.option(
@@ -112,6 +119,7 @@ def serve(
     num_pages: int | None,
     page_size: int,
     chat_template: Path | None,
+    scheduling_policy: str,
     max_body: int,
     grace: int,
     dtype: str | None,
@@ -124,9 +132,7 @@ def serve(
     /health and /metrics (for Prometheus).
     """
     try:
-        import uvicorn
-
-        from paxattn.server import create_app, read_chat_template
+        from paxattn.server import Server, create_app, read_chat_template
     except ImportError as error:
         raise click.ClickException(
             f"no module {error.name}: pip install 'paxattn[serve]'"
@@ -153,28 +159,21 @@ def serve(
             name=name or (model or bundled().name).rstrip("/"),
             stop_token_ids=checkpoint.stop_token_ids,
             chat_template=template,
+            priorities=scheduling_policy == "priority",
             max_body_bytes=max_body,
         )
         with working(log, "compiling"):
             engine.warm_up()
-        url = f"http://{host}:{sock.getsockname()[1]}/v1"
+        server = Server(app, grace=grace)
+        sock.listen(server.config.backlog)  # from here on clients are heard
+        url = _url(host, sock.getsockname()[1])
         log.print(
             f"serving at {url}, {engine.num_pages} pages of {page_size} tokens", soft_wrap=True
-        )
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            ws="none",
-            lifespan="on",
-            # Longer than clients and proxies keep a connection, or they would use one that closes.
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=grace,
         )
         # uvicorn handles both signals, and raises them again when all is done.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[sock])
+        server.run(sockets=[sock])
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -188,9 +187,15 @@ def _bound(host: str, port: int) -> socket.socket:
         except OSError:
             sock.close()
             raise
-    except OSError as error:
-        raise click.ClickException(f"cannot serve at {host}:{port}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise click.ClickException(f"cannot serve at {host}:{port}: {why}") from None
     return sock
+
+
+def _url(host: str, port: int) -> str:
+    """For clients; an IPv6 address has colons itself."""
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def _num_pages(

@@ -2,5 +2,6 @@
 
 from paxattn.server.app import create_app
 from paxattn.server.chat import ChatTemplate, read_chat_template
+from paxattn.server.run import Server
 
-__all__ = ["ChatTemplate", "create_app", "read_chat_template"]
+__all__ = ["ChatTemplate", "Server", "create_app", "read_chat_template"]

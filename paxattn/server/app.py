@@ -33,12 +33,13 @@ def create_app(
     name: str,
     stop_token_ids: tuple[int, ...] = (),
     chat_template: ChatTemplate | None = None,
+    priorities: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> Starlette:
     """An ASGI application that serves one model by the OpenAI API.
 
     It drives the engine from its start to its shutdown, when it lets the requests that there are
-    come to their ends.
+    come to their ends; ``state.abort()`` ends them at once, and tells the clients, see `Server`.
 
     Args:
         engine: with a tokenizer, and without requests. Its ``max_requests`` is the bound of the
@@ -46,6 +47,8 @@ def create_app(
         name: the model's, as clients call it.
         stop_token_ids: tokens that end a text, such as the checkpoint's eos ids.
         chat_template: for chat completions.
+        priorities: whether clients may set the field ``priority``, the lowest of which go first (as
+            with vLLM; an `Engine` counts the other way round); if not, who comes first goes first.
         max_body_bytes: of a request.
 
     Raises:
@@ -53,9 +56,15 @@ def create_app(
     """
     if engine.tokenizer is None:
         raise ValueError("the engine has no tokenizer: a server needs one, for text and stop lists")
-    reader = Reader(engine=engine, name=name, stop_token_ids=stop_token_ids, template=chat_template)
+    reader = Reader(
+        engine=engine,
+        name=name,
+        stop_token_ids=stop_token_ids,
+        template=chat_template,
+        priorities=priorities,
+    )
     served = Served(reader, max_body_bytes)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", served.completions, methods=["POST"]),
             Route("/v1/chat/completions", served.chat, methods=["POST"]),
@@ -70,6 +79,8 @@ def create_app(
         },
         lifespan=served.lifespan,
     )
+    app.state.abort = served.abort
+    return app
 
 
 class Served:
@@ -95,6 +106,10 @@ class Served:
             with contextlib.suppress(NotServing):
                 await self._engine.drain()
 
+    def abort(self) -> None:
+        """See `AsyncEngine.abort`."""
+        self._engine.abort()
+
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         return await self._answer(request, self._reader.completion)
@@ -109,8 +124,7 @@ class Served:
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/NAME``."""
-        if request.path_params["model"] != self._reader.name:
-            raise ApiError("there is no such model here", status=404, code="model_not_found")
+        self._reader.check_model(request.path_params["model"])
         return Json(self._model)
 
     async def health(self, request: Request) -> Response:
@@ -126,6 +140,14 @@ class Served:
 
     async def _answer(self, request: Request, read: Callable[[Any], Asked]) -> Response:
         body = await _body(request, self._max_body_bytes)
+        # A web page can have a browser send anything else to this machine without asking it first.
+        kind = request.headers.get("content-type", "")
+        if kind.split(";")[0].strip().lower() != "application/json":
+            raise ApiError(
+                f"the header Content-Type is {kind[:80]!r}: must be application/json",
+                status=415,
+                code="unsupported_media_type",
+            )
         asked = await asyncio.to_thread(_parse, body, read)  # a long text takes long to tokenize
         try:
             deltas = await self._engine.stream(asked.prompts, **asked.options)

@@ -77,5 +77,11 @@ def as_api_error(error: Exception) -> ApiError:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """The response to any exception."""
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        asked = f"{request.method} {request.url.path[:200]}"
+        error.detail = (
+            f"{asked}: there is POST /v1/completions and /v1/chat/completions, and GET /v1/models, "
+            "/health and /metrics"
+        )
     told = as_api_error(error)
     return Json(told.body, status_code=told.status, headers=told.headers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from paxattn.server.errors import ApiError
@@ -11,12 +12,13 @@ from paxattn.server.errors import ApiError
 class Fields:
     """A body's fields; null is as good as absent."""
 
-    def __init__(self, body: Any, known: Collection[str]) -> None:
+    def __init__(self, body: Any, known: Collection[str], within: str = "") -> None:
         """Take a body.
 
         Args:
             body: from JSON.
             known: all the fields that it may have.
+            within: what the names of its fields begin with, if it is a field itself.
 
         Raises:
             ApiError: it is no object, or has a field that nobody knows.
@@ -24,10 +26,14 @@ class Fields:
         if not isinstance(body, dict):
             raise ApiError("the body must be a JSON object")
         self._body: Mapping[str, Any] = body
+        self._within = within
         for name in body:
             if name not in known:
+                unknown = within + name[:80]
                 raise ApiError(
-                    f"unknown field {name[:80]!r}", param=name[:80], code="unknown_field"
+                    f"unknown field {unknown!r}: this server has none of that name; leave it out",
+                    param=unknown,
+                    code="unknown_field",
                 )
 
     def get(self, name: str) -> Any:
@@ -96,13 +102,24 @@ class Fields:
         """Refuse a field that asks for what this server cannot do."""
         value = self.get(name)
         if value is not None and not any(value == one for one in values):
-            raise ApiError(f"{name}: {why}", param=name, code="unsupported")
+            name = self._within + name
+            raise ApiError(f"{name}: {why}; leave it out", param=name, code="unsupported")
 
     def refuse(self, name: str, wanted: str) -> ApiError:
         """The error that the field is not what is wanted."""
         found = repr(self.get(name))
         found = found if len(found) < 100 else f"{found[:100]}..."
+        name = self._within + name
         return ApiError(f"{name} is {found}: must be {wanted}", param=name)
+
+
+@contextlib.contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Whatever is wrong with a value inside is the fault of this field."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ApiError(str(error), param=param) from None
 
 
 def is_tokens(values: Any) -> bool:

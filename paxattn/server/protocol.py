@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paxattn.requests import prompt_ids
+from paxattn.requests import prompt_ids, stop_strings, stop_tokens
 from paxattn.sampling import SamplingParams
 from paxattn.server.chat import ChatTemplate
 from paxattn.server.errors import ApiError
-from paxattn.server.fields import Fields, is_tokens
+from paxattn.server.fields import Fields, is_tokens, naming
+from paxattn.server.messages import NO_TOOLS, read_message
 from paxattn.serving import Engine, RequestOptions
 from paxattn.serving.top_logprobs import MOST
 
@@ -55,19 +56,17 @@ _COMMON = {
     "logprobs",
 }
 # What is not there, with the values that ask for nothing.
-_NO_TOOLS = "this server calls no tools"
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logit_bias": (({},), "this server biases no logits"),
 }
 _UNSUPPORTED_IN_COMPLETIONS = _UNSUPPORTED | {
-    "best_of": ((1,), "this server returns all of n samples"),
     "suffix": (("",), "this server does not fill in the middle"),
 }
 _UNSUPPORTED_IN_CHAT = _UNSUPPORTED | {
-    "tools": (([],), _NO_TOOLS),
-    "tool_choice": (("none", "auto"), _NO_TOOLS),
-    "functions": (([],), _NO_TOOLS),
-    "function_call": (("none", "auto"), _NO_TOOLS),
+    "tools": (([],), NO_TOOLS),
+    "tool_choice": (("none", "auto"), NO_TOOLS),
+    "functions": (([],), NO_TOOLS),
+    "function_call": (("none", "auto"), NO_TOOLS),
     "response_format": (({"type": "text"},), "this server does not constrain the format"),
     "modalities": ((["text"],), "this server writes text"),
 }
@@ -105,12 +104,14 @@ class Reader:
         name: the model's, as clients call it.
         stop_token_ids: tokens that end a text.
         template: for chats; None: the model has none.
+        priorities: whether clients may set theirs.
     """
 
     engine: Engine
     name: str
     stop_token_ids: tuple[int, ...]
     template: ChatTemplate | None
+    priorities: bool
 
     def completion(self, body: Any) -> Asked:
         """Read a body of ``/v1/completions``.
@@ -118,9 +119,12 @@ class Reader:
         Raises:
             ApiError: it asks for what there is not.
         """
-        own = {"prompt", "echo", *_UNSUPPORTED_IN_COMPLETIONS}
+        own = {"prompt", "echo", "best_of", *_UNSUPPORTED_IN_COMPLETIONS}
         fields = self._fields(body, own, _UNSUPPORTED_IN_COMPLETIONS)
-        prompts = self._prompts(fields)
+        fields.only("best_of", (fields.get("n") or 1,), "this server returns all of n samples")
+        given = self._prompts(fields)
+        name = "the prompt" if len(given) == 1 else "prompt {}"
+        prompts = [self._ids(name.format(i), prompt) for i, prompt in enumerate(given)]
         logprobs, echo = fields.get("logprobs") is not None, fields.flag("echo")
         # The likeliest so many, and the chosen one besides.
         top = fields.integer("logprobs", 0, 0, MOST)
@@ -130,7 +134,7 @@ class Reader:
         return Asked(
             chat=False,
             prompts=prompts,
-            echoes=[self._echo(prompt) if echo else "" for prompt in prompts],
+            echoes=[self._echo(prompt) if echo else "" for prompt in given],
             options=self._options(fields, prompts, new, top),
             logprobs=logprobs,
             **self._streaming(fields),
@@ -160,18 +164,21 @@ class Reader:
             **self._streaming(fields),
         )
 
-    def _fields(
-        self, body: Any, own: set[str], unsupported: Mapping[str, tuple[tuple[Any, ...], str]]
-    ) -> Fields:
-        fields = Fields(body, _COMMON | own)
-        model = fields.text("model")
-        if model != self.name:
+    def check_model(self, name: str) -> None:
+        """Refuse a model of another name."""
+        if name != self.name:
             raise ApiError(
-                f"there is no model {model[:200]!r} here, only {self.name!r}",
+                f"there is no model {name[:200]!r} here, only {self.name!r}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
+
+    def _fields(
+        self, body: Any, own: set[str], unsupported: Mapping[str, tuple[tuple[Any, ...], str]]
+    ) -> Fields:
+        fields = Fields(body, _COMMON | own)
+        self.check_model(fields.text("model"))
         for name, (values, why) in unsupported.items():
             fields.only(name, values, why)
         return fields
@@ -193,14 +200,15 @@ class Reader:
         if len(prompts) * samples > places:
             raise ApiError(
                 f"{len(prompts)} prompts with n={samples} are {len(prompts) * samples} completions:"
-                f" this server has places for {places}",
+                f" this server has places for {places}; lower n, or ask for fewer prompts at once",
                 param="n",
             )
         # Randomness that nobody asked to repeat.
         seed = fields.integer("seed", secrets.randbits(32), -(2**63), 2**63 - 1) % 2**32
+        temperature = fields.number("temperature", 1.0, 0.0, 2.0)
         sampling = SamplingParams(
-            temperature=fields.number("temperature", 1.0, 0.0, 2.0),
-            top_p=fields.number("top_p", 1.0, 0.0, 1.0) or 1e-9,  # 0 is the likeliest token only
+            temperature=temperature if temperature > 1e-6 else 0.0,
+            top_p=max(fields.number("top_p", 1.0, 0.0, 1.0), 1e-9),  # 0: the likeliest token only
             top_k=max(0, fields.integer("top_k", 0, -1, 2**31 - 1)),  # elsewhere -1 is all of them
             min_p=fields.number("min_p", 0.0, 0.0, 1.0),
             repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100.0),
@@ -208,43 +216,66 @@ class Reader:
             presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
             seed=seed,
         )
-        ends = () if fields.flag("ignore_eos") else self.stop_token_ids
+        # The lowest go first, as with other servers of this API.
+        priority = -fields.integer("priority", 0, 1 - 2**31, 2**31 - 1)
+        if priority and not self.priorities:
+            raise ApiError(
+                "priority: who comes first goes first here: leave it out, or start the server with "
+                "--scheduling-policy priority",
+                param="priority",
+                code="unsupported",
+            )
+        ends = fields.tokens("stop_token_ids")
+        if not fields.flag("ignore_eos"):
+            ends = [*self.stop_token_ids, *ends]
+        stop = fields.texts("stop", _MOST_STOPS)
+        most = self.engine.max_stop_ids
+        if len(ends) > most:
+            raise ApiError(
+                f"stop_token_ids: {len(ends)} tokens would end a text, with the model's own: this "
+                f"server takes at most {most}",
+                param="stop_token_ids",
+            )
+        with naming("stop_token_ids"):
+            stop_tokens(ends, self.engine.model.config.vocab_size)
+        with naming("stop"):
+            stop_strings(stop, self.engine.tokenizer)
         return {
             "max_new_tokens": new,
             "sampling": sampling,
             "num_samples": samples,
-            "stop_token_ids": [*ends, *fields.tokens("stop_token_ids")],
-            "stop": fields.texts("stop", _MOST_STOPS),
-            "priority": fields.integer("priority", 0, -(2**31), 2**31 - 1),
+            "stop_token_ids": ends,
+            "stop": stop,
+            "priority": priority,
             "top_logprobs": min(top, self.engine.model.config.vocab_size),
         }
 
     def _streaming(self, fields: Fields) -> dict[str, bool]:
         stream = fields.flag("stream")
-        options = Fields(fields.mapping("stream_options"), {"include_usage", "include_obfuscation"})
+        known = {"include_usage", "include_obfuscation"}
+        options = Fields(fields.mapping("stream_options"), known, "stream_options.")
         if fields.get("stream_options") is not None and not stream:
             raise ApiError("stream_options goes with stream only", param="stream_options")
         return {"stream": stream, "usage": options.flag("include_usage")}
 
-    def _prompts(self, fields: Fields) -> list[list[int]]:
+    def _prompts(self, fields: Fields) -> list[str | list[int]]:
         """A text, token ids, or a list of either."""
         value = fields.get("prompt")
         if isinstance(value, str) or (value and is_tokens(value)):
             value = [value]
         if not isinstance(value, list) or not value:
             raise fields.refuse("prompt", "a string, a list of token ids, or a list of these")
-        name = "the prompt" if len(value) == 1 else "prompt {}"
-        return [self._ids(name.format(i), prompt) for i, prompt in enumerate(value)]
+        return value
 
     def _ids(self, name: str, prompt: Any) -> list[int]:
-        try:
+        with naming("prompt"):
             return prompt_ids(
                 name, prompt, self.engine.tokenizer, self.engine.model.config.vocab_size
             )
-        except (TypeError, ValueError) as error:
-            raise ApiError(str(error), param="prompt") from None
 
-    def _echo(self, prompt: list[int]) -> str:
+    def _echo(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):  # decoded, it may lack special tokens, spaces and the like
+            return prompt
         return self.engine.tokenizer.decode(prompt)  # type: ignore[union-attr]
 
     def _conversation(self, fields: Fields) -> list[int]:
@@ -252,7 +283,7 @@ class Reader:
         messages = fields.get("messages")
         if not isinstance(messages, list) or not messages:
             raise fields.refuse("messages", "a list of messages")
-        read = [_message(i, one) for i, one in enumerate(messages)]
+        read = [read_message(i, one) for i, one in enumerate(messages)]
         if self.template is None:
             raise ApiError(
                 f"the model {self.name!r} has no chat template, so it takes no messages: use "
@@ -260,37 +291,9 @@ class Reader:
                 param="messages",
                 code="no_chat_template",
             )
-        try:
+        with naming("messages"):
             text = self.template.render(read, fields.mapping("chat_template_kwargs"))
             text.encode()  # half a character is none
             # The template writes the special tokens itself.
             ids = self.engine.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
-        except ValueError as error:
-            raise ApiError(str(error), param="messages") from None
-        return self._ids("the conversation", ids)
-
-
-def _message(index: int, message: Any) -> dict[str, Any]:
-    """``{"role", "content"}``, checked, with its content as one text."""
-    where = f"messages[{index}]"
-    if not isinstance(message, dict):
-        raise ApiError(f"{where} must be an object with a role and a content", param=where)
-    fields = Fields(message, {"role", "content", "name", "refusal", "tool_calls", "function_call"})
-    for name in ("tool_calls", "function_call"):
-        fields.only(name, ([],), _NO_TOOLS)
-    role, content = fields.get("role"), fields.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise ApiError(
-            f"{where}.role is {str(role)[:80]!r}: must be system, developer, user or assistant",
-            param=f"{where}.role",
-        )
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        if not all(one.get("type") == "text" and isinstance(one.get("text"), str) for one in parts):
-            raise ApiError(f"{where}.content: parts of type text only", param=f"{where}.content")
-        content = "\n".join(part["text"] for part in parts)
-    if not isinstance(content, str):
-        raise ApiError(f"{where}.content must be a string", param=f"{where}.content")
-    role = "system" if role == "developer" else role  # the same by its older name
-    read = {"role": role, "content": content}
-    return read if fields.get("name") is None else {**read, "name": str(fields.get("name"))}
+            return prompt_ids("the conversation", ids, None, self.engine.model.config.vocab_size)

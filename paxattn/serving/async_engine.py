@@ -186,6 +186,11 @@ class AsyncEngine:
         await asyncio.wrap_future(self._ask(lambda: self._waiting_for_end.append(ended)))
         await asyncio.wrap_future(ended)
 
+    def abort(self) -> None:
+        """Take no more requests, and end those that there are; the news of it says "abort"."""
+        self._draining = True
+        self._commands.put(lambda: None if self.failure else self._abort_all())
+
     def _ask(self, what: Callable[[], T]) -> Future[T]:
         """Have the thread call something between two blocks."""
         if not self._driven:
@@ -233,10 +238,13 @@ class AsyncEngine:
                 return True
             if command is None:
                 self._closing = True
-                for index in self._inboxes:
-                    self.engine.abort(index)
+                self._abort_all()
             else:
                 command()
+
+    def _abort_all(self) -> None:
+        for index in self._inboxes:
+            self.engine.abort(index)
 
     def _tell_idle(self) -> None:
         """Every request has ended."""

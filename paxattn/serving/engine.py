@@ -19,10 +19,11 @@ from paxattn.quantized import page_dtype_name
 from paxattn.requests import Prompt, integer
 from paxattn.results import Completion, Delta, completion
 from paxattn.sampling import LogitsProcessor
-from paxattn.serving.offload import HostPages, settled
+from paxattn.serving.offload import HostPages
 from paxattn.serving.options import Prepared, RequestOptions, check_names, prepare_request
 from paxattn.serving.pace import Pace
 from paxattn.serving.places import Places
+from paxattn.serving.placing import placed, settled
 from paxattn.serving.snapshot import load_state, save_state
 from paxattn.serving.state import ServeState, init_serve, new_request, put, stop
 from paxattn.serving.stats import EngineStats, Meter, counters, engine_stats
@@ -78,6 +79,7 @@ class Engine:
         page_size: tokens per page.
         max_requests: requests that run or wait, at most.
         max_tokens: most tokens of a request, prompt and generated.
+        max_stop_ids: most tokens that may end one request.
         longest: the same, or less if the pool has not pages for so many.
     """
 
@@ -136,8 +138,8 @@ class Engine:
             raise ValueError(f"{max_tokens=} is more than the model's {most} positions")
         if integer("steps_per_read", steps_per_read) < 1:
             raise ValueError(f"{steps_per_read=} must be at least 1")
-        self._state = init_serve(
-            model,
+        init = partial(
+            init_serve,
             num_pages=num_pages,
             page_size=page_size,
             kv_dtype=page_dtype_name(kv_dtype),
@@ -150,17 +152,18 @@ class Engine:
             watermark=watermark,
             remember=prefix_cache,
         )
-        fits = int(self._state.most_pages(self.max_tokens - 1)) <= num_pages
+        self._state = placed(init, model)
+        fits = int(self._state.least_pages(self.max_tokens - 1)) <= num_pages
         self.longest = self.max_tokens if fits else num_pages * page_size + 1
         if offload_from is not None:
             if integer("offload_from", offload_from) < 1:
                 raise ValueError(f"{offload_from=} must be at least 1 token")
             policy = replace(self._state.policy, offload_from=jnp.int32(offload_from))
-            self._state = replace(self._state, policy=policy)
-        self._state = settled(self._state, model)
+            self._state = settled(replace(self._state, policy=policy), model)
         self._host_pages = HostPages()
         self.model, self.tokenizer = model, tokenizer
         self.num_pages, self.page_size, self.max_requests = num_pages, page_size, max_requests
+        self.max_stop_ids = max_stop_ids
         self._most_steps, self._pace, self._meter = steps_per_read, Pace(steps_per_read), Meter()
         self._logits_processor, self._scrub = logits_processor, scrub
         self._places = Places(max_requests)
@@ -349,7 +352,9 @@ class Engine:
         """Go on where an engine was when it was saved; what it would have said then comes next.
 
         This engine must be without requests, and made with the same sizes, model, tokenizer and
-        logits processor; the last two are taken on trust. What only the host counts begins anew.
+        logits processor; the last two are taken on trust. The file has the requests and their
+        pages. How they are served is up to this engine (``watermark``, ``offload_from``,
+        ``steps_per_read``), and its `stats` count from here on.
 
         Args:
             path: of a file that `save` wrote.
@@ -366,7 +371,8 @@ class Engine:
             raise RuntimeError(f"{self.num_unfinished} requests are not finished: restore() first")
         state, host = load_state(path, self.model, self._state)
         self._state = settled(state, self.model)
-        self._meter, self._next_index = Meter(), host["next_index"]
+        self._meter = Meter(device_last=jax.device_get(counters(self._state)))
+        self._next_index = host["next_index"]
         self._pending = [Delta(**delta) for delta in host["pending"]]
         return self._places.resume(host["places"], self._state.requests, self.tokenizer)
 

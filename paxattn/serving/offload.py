@@ -25,8 +25,8 @@ from paxattn import page_table
 from paxattn.decode_step import Status
 from paxattn.kv_cache import KVCache
 from paxattn.packing import bucket
-from paxattn.page_table.pages import pages_for
-from paxattn.pool import leave_behind, make_room
+from paxattn.page_table.pages import pages_for, read_entries
+from paxattn.pool import make_room
 from paxattn.serving.schedule import leave, to_bring_back
 from paxattn.serving.state import NEVER, ServeState, init_serve, new_request, put
 from paxattn.serving.step import serve
@@ -34,22 +34,33 @@ from paxattn.serving.step import serve
 _HOST = "pinned_host"
 
 
-def take_out(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array, KVCache]:
+def take_out(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array, KVCache, jax.Array]:
     """Take the row that is to leave from its request.
 
     Returns:
-        The state; the request's place i32[]; and the row's pages, ``max_pages_per_seq`` of them
-        with those that it does not hold full of zeros.
+        The state; the request's place i32[]; the row's pages, without those that its window has
+        left behind, and others after them, ``max_pages_per_seq`` in all; and how many are the
+        row's, i32[].
     """
     row, table = state.leaving, state.pool.table
     place = state.owners.at[row].get(mode="fill", fill_value=state.capacity)
-    pages = table.block_tables.at[row].get(mode="fill", fill_value=table.num_pages)
+    stored = table.kv_lens.at[row].get(mode="fill", fill_value=0)
+    pages = seen_pages(state, row, stored)
     taken = jax.tree.map(
         lambda pool: pool.at[:, pages].get(mode="fill", fill_value=0), state.pool.cache
     )
-    away = state.away.at[place].set(table.kv_lens.at[row].get(mode="fill"), mode="drop")
+    count = pages_for(stored, table.page_size) - state.pages_behind(stored)
     state = leave(state, row, jnp.int32(Status.RUNNING), scrub=scrub)
-    return replace(state, away=away, leaving=jnp.int32(state.owners.size)), place, taken
+    away = state.away.at[place].set(stored, mode="drop")
+    state = replace(state, away=away, leaving=jnp.int32(state.owners.size))
+    return state, place, taken, count
+
+
+def seen_pages(state: ServeState, row: jax.Array, stored: jax.Array) -> jax.Array:
+    """A row's pages from the first that a window still sees, padded: i32[max_pages_per_seq]."""
+    table = state.pool.table
+    cols = state.pages_behind(stored) + jnp.arange(table.max_pages_per_seq)
+    return read_entries(table, row, cols)
 
 
 def bring_back(state: ServeState, place: jax.Array, taken: KVCache, *, scrub: bool) -> ServeState:
@@ -57,20 +68,26 @@ def bring_back(state: ServeState, place: jax.Array, taken: KVCache, *, scrub: bo
 
     Where there is no room after all, it stores its tokens anew.
     """
-    row = jnp.argmax(state.owners == state.capacity)
+    row, table = jnp.argmax(state.owners == state.capacity), state.pool.table
     mine = jnp.arange(state.owners.size) == row
-    tokens = jnp.where(mine, state.away[place], 0)
+    stored, away = state.away[place], state.away.at[place].set(0)
+    # The row begins as one that has left behind what its window had.
+    behind = state.pages_behind(stored) * table.page_size
+    table = replace(table, kv_lens=jnp.where(mine, behind, table.kv_lens))
+    tokens = jnp.where(mine, stored - behind, 0)
     salts = jnp.where(mine, state.requests.salt[place], state.pool.salts)
-    most = state.pool.table.max_pages_per_seq * state.pool.table.page_size
-    pool, ok = make_room(replace(state.pool, salts=salts), tokens, max_new_tokens=most, scrub=scrub)
+    most = table.max_pages_per_seq * table.page_size
+    pool = replace(state.pool, table=table, salts=salts)
+    pool, ok = make_room(pool, tokens, max_new_tokens=most, scrub=scrub)
     table, _ = page_table.append(pool.table, jnp.where(ok, tokens, 0))
-    pages = jnp.where(ok[row], table.block_tables[row], table.num_pages)
+    table = replace(table, kv_lens=jnp.where(mine & ~ok, 0, table.kv_lens))
+    state = replace(state, pool=replace(pool, table=table), away=away)
+    pages = seen_pages(state, row, stored)  # none if there was no room
     cache = jax.tree.map(
         lambda all_, new: all_.at[:, pages].set(new, mode="drop"), pool.cache, taken
     )
-    pool = leave_behind(replace(pool, table=table, cache=cache), state.window, scrub=scrub)
     owners = jnp.where(mine & ok, place, state.owners)
-    return replace(state, pool=pool, owners=owners, away=state.away.at[place].set(0))
+    return replace(state, pool=replace(state.pool, cache=cache), owners=owners)
 
 
 _take_out = jax.jit(take_out, donate_argnames="state", static_argnames="scrub")
@@ -98,10 +115,8 @@ class HostPages:
             scrub: see `serve_step`.
         """
         if int(state.leaving) < state.owners.size:
-            table = state.pool.table
-            held = int(pages_for(table.kv_lens[state.leaving], table.page_size))
-            state, place, taken = _take_out(state, scrub=scrub)
-            few = _resized(taken, count=min(bucket(held), table.max_pages_per_seq))
+            state, place, taken, count = _take_out(state, scrub=scrub)
+            few = _resized(taken, count=min(bucket(int(count)), taken.num_pages))
             self._pages[int(place)] = jax.tree.map(to_host, few)
             self.moved += 1
         if self._pages:
@@ -112,16 +127,6 @@ class HostPages:
             whole = _resized(kept, count=state.pool.table.max_pages_per_seq)
             state = _bring_back(state, np.int32(place), whole, scrub=scrub)
         return state
-
-
-def settled(state: ServeState, model: Any) -> ServeState:
-    """The state committed to the model's device, if that is one.
-
-    Pages that come back are, and `jax.jit` compiles anew where arguments differ in that.
-    """
-    arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
-    devices = {device for array in arrays for device in array.devices()}
-    return jax.device_put(state, devices.pop()) if len(devices) == 1 else state
 
 
 def to_host(pages: jax.Array) -> jax.Array | np.ndarray:

@@ -121,7 +121,7 @@ def prepare_request(
         salt=check_salt(salt, "a request"),
         top_logprobs=int(top_logprobs),
     )
-    needed = int(state.most_pages(len(ids) + new - 1))  # the last token is never stored
+    needed = int(state.least_pages(len(ids) + new - 1))  # the last token is never stored
     if needed > table.num_pages:
         raise ValueError(
             f"{name} of {len(ids)} tokens and {max_new_tokens=} need {needed} pages, the pool "

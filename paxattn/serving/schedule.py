@@ -85,7 +85,8 @@ def promised_pages(state: ServeState) -> jax.Array:
     size, stored = table.page_size, table.kv_lens
     left = jnp.maximum(tokens_left(state), 0)
     missing = pages_for(stored + left, size) - pages_for(stored, size)
-    missing = jnp.minimum(missing, state.most_pages(stored + left))
+    held = pages_for(stored, size) - state.pages_behind(stored)
+    missing = jnp.minimum(missing, state.most_pages(stored + left) - held)
     # A page that only the cache holds besides comes to be available when the row has its own copy.
     page = read_entries(table, jnp.arange(stored.size), stored // size)
     others = table.ref_counts.at[page].get(mode="fill", fill_value=1) - 1
@@ -143,12 +144,13 @@ def to_bring_back(state: ServeState) -> jax.Array:
     def look() -> jax.Array:
         head = next_waiting(state)
         tokens = state.requests.num_tokens.at[head].get(mode="fill", fill_value=0)
+        away = state.away.at[head].get(mode="fill", fill_value=0)
         idle = state.owners == state.capacity
         room = available_pages(state.pool) - promised_pages(state) - state.policy.watermark
-        enough = pages_for(tokens, state.pool.table.page_size) <= room
+        wanted = pages_for(tokens, state.pool.table.page_size) - state.pages_behind(away)
+        enough = jnp.minimum(wanted, state.most_pages(tokens)) <= room
         fits = jnp.any(idle) & (enough | jnp.all(idle))
-        is_away = state.away.at[head].get(mode="fill", fill_value=0) > 0
-        return jnp.where(fits & is_away, head, nobody)
+        return jnp.where(fits & (away > 0), head, nobody)
 
     return lax.cond(jnp.any(state.away > 0), look, lambda: nobody)
 
@@ -236,8 +238,10 @@ def leave(state: ServeState, row: jax.Array, status: jax.Array, *, scrub: bool) 
 def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
     """Find pages for the step's tokens; the last in rank leave until there are enough.
 
-    A request that finds no page though it is alone can never run, and ends. Where one would leave
-    whose pages are worth moving, nobody runs: the host comes first.
+    A request that finds no page for one token though it is alone can never run, and ends. (More
+    tokens at a time take more pages if the model has a window: what it has left behind comes to be
+    free after the step.) Where one would leave whose pages are worth moving, nobody runs: the host
+    comes first.
 
     Args:
         state: after `admit`.
@@ -249,14 +253,16 @@ def make_way(state: ServeState, *, scrub: bool) -> tuple[ServeState, jax.Array]:
     waits, nobody = jnp.int32(Status.RUNNING), jnp.int32(state.owners.size)
 
     def body(carry: tuple) -> tuple:
-        state, leaving, status, _, _ = carry
+        state, leaving, status, q_lens, _ = carry
         state = leave(state, leaving, status, scrub=scrub)
-        q_lens = share_budget(state)
+        alone = jnp.sum(state.owners < state.capacity) == 1
+        again = alone & (leaving == nobody) & jnp.any(q_lens > 1)
+        q_lens = jnp.where(again, q_lens // 2, share_budget(state))
         pool, ok = make_room(state.pool, q_lens, max_new_tokens=state.step_tokens, scrub=scrub)
         state = replace(state, pool=pool)
         settled = jnp.all(ok)
-        alone = jnp.sum(state.owners < state.capacity) == 1
-        leaving = jnp.where(settled, nobody, last_running(state))
+        fewer = alone & jnp.any(q_lens > 1) & (state.window is not None)
+        leaving = jnp.where(settled | fewer, nobody, last_running(state))
         status = jnp.where(alone, jnp.int32(Status.OUT_OF_PAGES), waits)
         moves = ~alone & worth_moving(state, leaving)
         state = replace(state, leaving=jnp.where(moves, leaving, nobody))

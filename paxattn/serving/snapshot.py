@@ -1,8 +1,9 @@
 """A server's state in one file, from which another process goes on where this one was.
 
-A safetensors file: every array of a `ServeState`, named by its place in the pytree (of the pages
+A safetensors file: the arrays of a `ServeState`, named by their places in the pytree (of the pages
 only those that somebody holds), and in the header, as JSON, what must be the same where the file is
-read (sizes, the model's weights by a checksum) and what the host has to say.
+read (sizes, the model's weights by a checksum) and what the host has to say. The policy is not in
+it: how requests are served is up to the server that serves them.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def load_state(path: str | os.PathLike, model: Any, state: ServeState) -> tuple[
     Args:
         path: of a file that `save_state` wrote.
         model: with the weights of the one that it was saved with.
-        state: one of the same sizes, from `init_serve`; its pages are donated.
+        state: one of the same sizes, from `init_serve`; its pages are donated, and its policy
+            holds from here on.
 
     Returns:
         The state, and what the host had to say.
@@ -112,8 +114,8 @@ def _arrays(state: ServeState) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     named = {jax.tree_util.keystr(place): leaf for place, leaf in leaves}
     # What was likeliest besides is read by now.
-    others = (*_pages(state.pool.cache), ".top.tokens", ".top.logprobs")
-    rest = {name: leaf for name, leaf in named.items() if name not in others}
+    others = (*_pages(state.pool.cache), ".top.", ".policy.")
+    rest = {name: leaf for name, leaf in named.items() if not name.startswith(others)}
     return {name: _plain(array) for name, array in jax.device_get(rest).items()}
 
 

@@ -126,11 +126,27 @@ class ServeState:
 
     def most_pages(self, tokens: jax.Array | int) -> jax.Array:
         """Pages that a request of so many tokens comes to hold at once, at most."""
+        return self._pages_at_once(tokens, self.step_tokens)
+
+    def least_pages(self, tokens: jax.Array | int) -> jax.Array:
+        """Pages without which a request of so many tokens cannot run, token by token."""
+        return self._pages_at_once(tokens, 1)
+
+    def _pages_at_once(self, tokens: jax.Array | int, step_tokens: int) -> jax.Array:
+        """Pages that so many tokens come to hold at once, stored so many at a time."""
         size = self.pool.table.page_size
         pages = pages_for(jnp.asarray(tokens), size)
         if self.window is None:
             return pages
-        return jnp.minimum(pages, (self.window + self.step_tokens) // size + 2)
+        seen = max(self.window, 2) - 1 + step_tokens  # the last one stored is kept in any case
+        return jnp.minimum(pages, (seen + size - 2) // size + 1)
+
+    def pages_behind(self, stored: jax.Array) -> jax.Array:
+        """Pages of a row with so many stored tokens that its window has left behind."""
+        if self.window is None:
+            return jnp.zeros_like(stored)
+        first = jnp.minimum(stored + 1 - self.window, stored - 1)  # see `leave_behind`
+        return jnp.maximum(first, 0) // self.pool.table.page_size
 
     def released(self, rows: jax.Array, *, scrub: bool) -> Pool:
         """The pool without rows bool[R], whose full pages the prefix cache remembers."""

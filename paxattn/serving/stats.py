@@ -132,6 +132,7 @@ class Meter:
 
     Attributes:
         device: sums of what the device counts, see `counters`.
+        device_last: what it had counted when that was last read.
         finished: see `EngineStats`.
         first: see `EngineStats.time_to_first_token`.
         next: see `EngineStats.inter_token_latency`.
@@ -140,12 +141,12 @@ class Meter:
     """
 
     device: Counter[str] = field(default_factory=Counter)
+    device_last: Mapping[str, Any] = field(default_factory=dict)
     finished: Counter[str] = field(default_factory=Counter)
     first: Histogram = Histogram(bounds=_FIRST, counts=(0,) * (len(_FIRST) + 1))
     next: Histogram = Histogram(bounds=_NEXT, counts=(0,) * (len(_NEXT) + 1))
     prompts: int = 0
     generated: int = 0
-    _device_last: dict[str, int] = field(default_factory=dict)
     _recent: deque[tuple[float, float, int]] = field(default_factory=deque)
 
     def block(self, began: float, now: float, tokens: int, device: Mapping[str, Any]) -> int:
@@ -154,9 +155,9 @@ class Meter:
         self._recent.append((began, now, tokens))
         while self._recent[0][1] < now - _RECENT:
             self._recent.popleft()
-        counts = {name: int(count) for name, count in device.items()}
-        new = {name: (n - self._device_last.get(name, 0)) % 2**32 for name, n in counts.items()}
-        self._device_last = counts
+        last = self.device_last
+        new = {name: (int(n) - int(last.get(name, 0))) % 2**32 for name, n in device.items()}
+        self.device_last = device
         self.device.update(new)
         return new["num_steps"]
 
