@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 
 from paxattn.decode_step import Status
 from paxattn.models import Decoder
-from paxattn.serving import Engine, HostPages, Policy, SnapshotError, offload, pays_from
+from paxattn.serving import Engine, HostPages, Policy, SnapshotError, offload, pays_from, placing
 
 PAGES = 9
 TOKENIZER = Tokenizer(WordLevel({f"w{i:03}": i for i in range(serving.V)}, unk_token="w000"))
@@ -256,7 +256,7 @@ def test_small_floats_are_saved_bit_by_bit(tmp_path):
 
 def offloading(state, tokens):
     policy = dataclasses.replace(state.policy, offload_from=jnp.int32(tokens))
-    return offload.settled(dataclasses.replace(state, policy=policy), serving.MODEL)
+    return placing.settled(dataclasses.replace(state, policy=policy), serving.MODEL)
 
 
 def run_blocks(state, asked, host, num_pages, model=serving.MODEL):
@@ -342,7 +342,7 @@ def test_the_policy_and_the_figures_are_those_of_the_engine_that_goes_on(tmp_pat
     engine.save(tmp_path / "state")
     other = new_engine()
     policy = jax.tree.map(jnp.int32, Policy(token_budget=7, watermark=1, offload_from=4))
-    other._state = committed(dataclasses.replace(other.state, policy=policy))
+    other._state = placing.settled(dataclasses.replace(other.state, policy=policy), serving.MODEL)
     ran = []
     other._pace.took = lambda storing, steps, seconds: ran.append(steps)
     assert other.restore(tmp_path / "state")

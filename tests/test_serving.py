@@ -18,8 +18,8 @@ from paxattn.decode_step import Status
 from paxattn.models import Decoder
 from paxattn.sampling import SamplingParams
 from paxattn.serving import Engine, QueueFull, engine, init_serve, new_request
-from paxattn.serving.offload import settled
 from paxattn.serving.pace import Pace
+from paxattn.serving.placing import settled
 from paxattn.serving.stats import Meter
 
 V, P, PAGES, ROWS, PLACES, LONGEST = 257, 4, 32, 4, 12, 32
