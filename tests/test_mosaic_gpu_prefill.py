@@ -56,7 +56,7 @@ CASES = (
     ),
     Case(
         q_lens=(50,), kv_lens=(450,), **F16, page_dtype="float8_e4m3fn", heads=(3, 1),
-        head_dim=128, window=290, page_size=8, soft_cap=50.0,
+        head_dim=128, window=290, soft_cap=50.0,
     ),
 )  # fmt: skip
 
@@ -304,6 +304,7 @@ def test_the_deal_gives_every_item_to_one_cta(ctas, together):
         (dict(page_size=5), "page_size=5"),
         (dict(page_size=24), "page_size=24"),
         (dict(page_dtype="int8", head_dim=256), "head_dim=256 with quantised pages (int8)"),
+        (dict(page_dtype="int8", page_size=8), "page_size=8 with quantised pages (int8)"),
     ],
 )
 def test_declines_name_the_reason(changes, reason):

@@ -71,13 +71,13 @@ ALL = [
     dict(head_dim=head_dim, page_size=page_size, **more, page_dtype=page_dtype)
     for head_dim, page_size, (more, page_dtype) in itertools.product(
         (64, 128),
-        (8, 16, 32, 64, 128, 256),
+        (16, 32, 64, 128, 256),
         zip(OPTIONS, (jnp.int8, jnp.float8_e4m3fn) * 2, strict=True),
     )
 ]
 FEW = [
     dict(head_dim=128, page_size=16),
-    dict(head_dim=128, page_size=8, **OPTIONS[1], page_dtype=jnp.float8_e4m3fn),
+    dict(head_dim=128, page_size=16, **OPTIONS[1], page_dtype=jnp.float8_e4m3fn),
     dict(head_dim=64, page_size=128, **OPTIONS[2]),
     dict(head_dim=80, page_size=32, **OPTIONS[3]),
     dict(head_dim=256, page_size=8, **OPTIONS[1]),

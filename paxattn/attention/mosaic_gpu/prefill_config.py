@@ -96,6 +96,11 @@ def check(request: Request, config: Config | None = None) -> str:
             f"head_dim={request.head_dim} with quantised pages ({request.page_dtype}): the prefill "
             "kernel has but 128 registers per thread to read them, 128 elements' worth"
         )
+    if request.page_dtype is not None and request.page_size < 16:
+        raise NotImplementedError(
+            f"page_size={request.page_size} with quantised pages ({request.page_dtype}): 64 copies "
+            "for a block spill registers of the prefill kernel; page sizes from 16 on serve"
+        )
     config = config or default_config(head_dim=request.head_dim)
     page, block = request.page_size, config.block_kv
     if page % 8 or (page % block and block % page):

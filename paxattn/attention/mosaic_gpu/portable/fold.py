@@ -152,7 +152,8 @@ def _fold(
     slot, blocks = lax.rem(step, jnp.int32(t.stages)), job.walk.blocks
     first = job.walk.start + job.walk.block(step) * t.block_kv
     ahead = page_numbers(t, pools, job, step + t.stages)
-    scales_ahead = page_scales(t, pools, job, step + 1)
+    scales_ahead = page_scales(t, pools, job, step + 1) if t.scales_ahead else ()
+    scales = scales if t.scales_ahead else page_scales(t, pools, job, step)
     await_keys(t, ring, step, blocks)
     fetch(t, pools, ring, job, step + (t.stages - 1), numbers)
 
@@ -212,7 +213,7 @@ def attend(
     kept = {column: queries(column) for column in _parts(t)} if t.keeps_queries else {}
     carry = (
         numbers,
-        page_scales(t, pools, job, jnp.int32(0)),
+        page_scales(t, pools, job, jnp.int32(0)) if t.scales_ahead else (),
         tuple(_filled(t, 0.0, t.rows, t.columns) for _ in _parts(t)),
         _filled(t, LOWEST, t.rows),
         _filled(t, 0.0, t.rows, t.block_kv) if t.lazy else _filled(t, 0.0, t.rows),

@@ -5,7 +5,7 @@ reports nothing: one waits until at most so many of the copies asked for last ar
 
 Of quantised pages the ring holds the narrow numbers. Scales of a page and head are few (32 bytes of
 16 tokens): too few for `cp.async`, which all 128 threads take part in with 4 bytes or more. They
-are loaded into registers, a block ahead.
+are loaded into registers, where these reach a block ahead.
 
 Letters: L layers, N pages, H KV heads, P `page_size`, D head_dim, B `block_kv`, R rows of the
 batch, M entries of a row's block table.
@@ -108,6 +108,11 @@ class Tile:
     def widening(self) -> Any:
         """The layout in which pages are widened, all warps at one."""
         return copy_layout(self.copy, self.head_dim, self.swizzle)
+
+    @property
+    def scales_ahead(self) -> bool:
+        """Whether scales are loaded a block before they are needed: as far as registers reach."""
+        return self.rows < 64
 
     @property
     def keeps_queries(self) -> bool:
