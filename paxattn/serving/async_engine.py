@@ -171,7 +171,7 @@ class AsyncEngine:
         return deltas
 
     async def stats(self) -> EngineStats:
-        """`Engine.stats`, between two blocks."""
+        """`Engine.stats`, between two blocks of steps."""
         return await asyncio.wrap_future(self._ask(lambda: self.engine.stats))
 
     async def drain(self) -> None:
@@ -192,7 +192,7 @@ class AsyncEngine:
         self._commands.put(lambda: None if self.failure else self._abort_all())
 
     def _ask(self, what: Callable[[], T]) -> Future[T]:
-        """Have the thread call something between two blocks."""
+        """Have the thread call something between two blocks of steps."""
         if not self._driven:
             raise NotServing("nobody drives the engine: use `async with`, and only inside of it")
         future: Future[T] = Future()

@@ -2,9 +2,9 @@
 
 Storing it anew takes the model, moving it only bandwidth. The device loop cannot move pages out of
 its memory, so it ends before a row of so many tokens would have to leave (`Policy.offload_from`),
-and says which; between two blocks the host takes that row's pages, and brings back those of the
-first who waits as soon as there is room. A request says the same as if it had stored its tokens
-anew.
+and says which; between two blocks of steps the host takes that row's pages, those that its window
+still sees, and brings back those of the first who waits as soon as there is room. A request says
+the same as if it had stored its tokens anew.
 
 Where the device can address the host's memory ("pinned_host" among its memory kinds: GPUs, TPUs and
 CPUs can), pages go there, and come back, without the host waiting for them.
