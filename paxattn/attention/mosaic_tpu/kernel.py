@@ -10,9 +10,9 @@ of the tile may see (after its last position, before its window) are not fetched
 
 Quantised pages (fp8, int8) come with their scales, a copy for those of a page's keys and one for
 those of its values; where a page's scales do not fill a register's lanes, they come with those of
-other pages, and are turned into place. A block's numbers are widened to the
-queries' dtype, which holds them exactly; a key's scale multiplies its column of the scores, a
-value's its column of the weights.
+other pages, and are turned into place. A block's numbers are widened to the queries' dtype, which
+holds them exactly; a key's scale multiplies its column of the scores, a value's its column of the
+weights.
 
 Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867; FlashAttention), in base 2, with
 f32 accumulators.
