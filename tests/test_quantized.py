@@ -205,15 +205,19 @@ def test_what_does_not_go_together(error, message, changes):
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind", "name", "head_dim"),
-    [("gpu", "NVIDIA H200", "mosaic_gpu", 192), ("tpu", "TPU v5 lite", "mosaic_tpu", 128)],
+    ("platform", "kind", "sizes", "reason"),
+    [
+        ("gpu", "NVIDIA H200", dict(head_dim=192, page_size=16), "quantised pages (int8)"),
+        ("tpu", "TPU v5 lite", dict(head_dim=128, page_size=48), "page_size=48 of int8 pages"),
+    ],
 )
-def test_kernels_that_cannot_say_so(platform, kind, name, head_dim):
+def test_kernels_that_cannot_say_so(platform, kind, sizes, reason):
     long = dict(q_lens=(1, 70), kv_lens=(9, 70), max_q_len=None)
-    asked = checks.check(**request(dtype="bfloat16", head_dim=head_dim, page_size=16, **long))
+    asked = checks.check(**request(dtype="bfloat16", **sizes, **long))
+    name = f"mosaic_{platform}"
     made = choice.consider(asked, Target(platform=platform, device_kind=kind), (name, "reference"))
     assert made.implementation == "reference"
-    assert "quantised pages (int8)" in dict(made.reasons)[name]
+    assert reason in dict(made.reasons)[name]
 
 
 @INT8_FIRST
