@@ -11,7 +11,11 @@ from make_fixtures import FIXTURES
 from paxattn import generate, load
 from paxattn.sampling import SamplingParams
 
-MARKS = {(NAMES[0], 4): [], (NAMES[1], 2): pytest.mark.variants, (NAMES[2], 8): []}
+MARKS = {
+    (NAMES[0], 4): [],
+    (NAMES[1], 2): pytest.mark.variants,
+    (NAMES[2], 8): pytest.mark.variants,
+}
 SHAPE = {"page_size": 8, "max_new_tokens": NEW_TOKENS, "stop_token_ids": STOP_IDS}
 
 

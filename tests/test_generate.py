@@ -575,7 +575,14 @@ def test_a_processor_must_return_logits(processor, message, options):
         generate(MODEL, PROMPTS, logits_processor=processor, **SHAPE, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"draft": NGram(num_tokens=2)}, {"num_samples": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"draft": NGram(num_tokens=2)}, marks=pytest.mark.variants),
+        pytest.param({"num_samples": 2}, marks=pytest.mark.variants),
+    ],
+)
 def test_loops_trace_with_64_bit_numbers_enabled(options):
     """Sums of counts become int64 then, which no loop may carry."""
     requests = prepare_requests(MODEL, PROMPTS, **SHAPE, **options)

@@ -232,6 +232,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     assert engine.restore(path) == []
 
 
+@pytest.mark.variants
 def test_small_floats_are_saved_bit_by_bit(tmp_path):
     model = Decoder(serving.CONFIG, rngs=nnx.Rngs(0), dtype="bfloat16")
     engine, other = (Engine(model, **serving.SIZES) for _ in range(2))

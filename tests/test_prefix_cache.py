@@ -226,6 +226,7 @@ def test_one_token_is_left_to_compute(length):
     assert host.match((A + B + C)[:length]) == (pages[: -(-expected // P)], expected)
 
 
+@pytest.mark.variants
 def test_one_token_is_left_to_compute_with_pages_of_one_token():
     host = Host(num_pages=6, page_size=1, width=4)
     pages = host.put([1, 2, 3])
@@ -246,6 +247,7 @@ def test_a_page_that_goes_on_with_some_of_the_tokens_is_a_partial_hit():
     assert host.match([1, 2, 9]) == (one[:1], 2)
 
 
+@pytest.mark.variants
 def test_partial_hits_are_looked_for_among_the_latest_full_pages_among_all():
     host = Host(num_pages=MANY)
     for i in range(pc.SIBLINGS + 1):

@@ -155,6 +155,7 @@ def test_the_command_line(command, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.variants
 def test_held_out_loss_with_quantised_pages(dtype):
     """Within 0.5 % of that with bf16 pages, on a text that the checkpoint was not trained on."""
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -165,6 +165,7 @@ def nearly(model, noise):
     return other
 
 
+@pytest.mark.variants
 def test_poison_never_travels_with_what_is_kept(monkeypatch):
     """Every slot that no row owns is NaN before every step: moving what was kept spreads none."""
     draft = DraftModel(model=nearly(MODEL, 0.05), num_tokens=3, branches=3)

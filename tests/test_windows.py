@@ -49,6 +49,7 @@ def draft_model():
         pytest.param({"num_beams": 3}, 24, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.variants
 def test_generate_goes_on_in_the_pages_of_a_window(options, num_pages):
     options = {name: value() if callable(value) else value for name, value in options.items()}
     sizes = {"page_size": P, "max_new_tokens": 40, **options}
