@@ -171,7 +171,7 @@ def whole_op(page_dtype=None):
 
 OPS = {"whole_op": None, "int8_op": jnp.int8, "fp8_op": jnp.float8_e4m3fn}
 BY_DEFAULT = {  # (fp8 is not for Ampere)
-    "a100": ["whole_op", "int8_op"], "rtx4090": ["fp8_op"], "b200": ["whole_op"],
+    "a100": ["whole_op"], "rtx4090": ["fp8_op"], "b200": ["whole_op"],
     "rtx5090": ["int8_op"],
 }  # fmt: skip
 

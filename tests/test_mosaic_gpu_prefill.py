@@ -54,9 +54,12 @@ CASES = (
         q_lens=(3, 70, 0, 9), kv_lens=(10, 163, 40, 5), **BF16, page_dtype="int8", heads=(2, 1),
         layers=2, padding=5,
     ),
-    Case(
-        q_lens=(50,), kv_lens=(450,), **F16, page_dtype="float8_e4m3fn", heads=(3, 1),
-        head_dim=128, window=290, soft_cap=50.0,
+    pytest.param(
+        Case(
+            q_lens=(50,), kv_lens=(450,), **F16, page_dtype="float8_e4m3fn", heads=(3, 1),
+            head_dim=128, window=290, soft_cap=50.0,
+        ),
+        marks=pytest.mark.slow,
     ),
 )  # fmt: skip
 
