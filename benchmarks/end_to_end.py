@@ -79,11 +79,12 @@ def beside_transformers(rounds: int) -> list[dict]:
         return np.array([completion.tokens for completion in out.completions])
 
     same = (run_ours() == run_theirs()).mean()
+    peer = f"transformers {transformers.__version__} with torch {torch.__version__}"
     seconds = interleaved(
         {
             "paxattn": run_ours,
-            "transformers, dynamic cache": run_theirs,
-            "transformers, static cache": partial(run_theirs, cache_implementation="static"),
+            f"{peer}, dynamic cache": run_theirs,
+            f"{peer}, static cache": partial(run_theirs, cache_implementation="static"),
         },
         rounds,
     )
