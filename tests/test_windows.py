@@ -14,6 +14,7 @@ from paxattn import KeptPool, generate
 from paxattn.models import Decoder
 from paxattn.ngram import NGram
 from paxattn.sampling import SamplingParams
+from paxattn.serving.offload import HostPages
 from paxattn.speculative import DraftModel
 from paxattn.step import window_of
 
@@ -105,12 +106,16 @@ def test_what_fits_while_it_runs_can_come_back():
 
 
 def test_pages_that_come_back_are_those_that_the_window_sees():
-    """The longest request fills eight pages; here are four."""
-    asked, host = serving.workload(42, priorities=3), moves.HostPages()
+    """Here are four pages; the first has passed through more when others, more urgent, come."""
+    first, *others = serving.workload(42)
+    first = dataclasses.replace(first, prompt=list(range(50, 66)))
+    asked = [first, *(dataclasses.replace(one, priority=1) for one in others)]
     state = moves.offloading(serving.new_state(4, 8, model=MODEL), 1)
-    state, returns = moves.run_blocks(state, asked, host, 4, MODEL)
+    arrivals, host = [0] + [2] * len(others), HostPages()
+    state, returns = moves.run_blocks(state, asked, host, 4, MODEL, arrivals)
     serving.assert_same(state, serving.alone(asked, MODEL))
-    assert 0 < returns == host.moved == int(state.preemptions)
+    assert len(returns) == host.moved == int(state.preemptions)
+    assert max(returns) > 4 * P
 
 
 @pytest.mark.slow
