@@ -53,13 +53,14 @@ def no_races():
 
 def call(
     inputs, *, cores=3, stages=2, block_kv=64, ctas=2, split=None, short=None, decode=True,
-    prefill=None, card=None, **changes,
+    prefill=None, card=None, long_card=None, **changes,
 ):  # fmt: skip
     """`(o, lse)` of the implementation; rows are routed as they would be, unless told otherwise.
 
     `short` bounds the new tokens of rows for the decode kernel (0: none); with `decode=False` it
     does not run, and nobody serves them. `prefill` is the other kernel's config, if not the
-    heuristic's. With a `card` the portable kernels run, in the same block sizes.
+    heuristic's. With a `card` the portable kernels run, in the same block sizes; with a `long_card`
+    the portable prefill kernel beside Hopper's own decode kernel.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -74,7 +75,8 @@ def call(
     if short is None:
         short = longest_short(case, request.max_q_len, card)
     sizes = Config(block_kv=block_kv, stages=stages, num_cores=cores, split=split)
-    wide = card is None and case.page_dtype is not None
+    long_card = long_card or card
+    wide = long_card is None and case.page_dtype is not None
     prefill = prefill or default_config(head_dim=case.head_dim, num_sms=ctas, quantized=wide)
     made = plan.plan_batch(
         **{k: options[k] for k in ("block_tables", "kv_lens", "cu_q_lens", "sliding_window")},
@@ -82,7 +84,8 @@ def call(
         short_q_len=short,
         decode=sizes if short and decode else None,
         prefill=prefill if short < request.max_q_len else None,
-        card=card,
+        decode_card=card,
+        prefill_card=long_card,
     )
     return support.run(
         *arrays,

@@ -15,7 +15,10 @@ from gpu_interpreter import check, interpreted, run
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from paxattn import kv_cache
-from paxattn.attention.mosaic_gpu import config
+from paxattn.attention.checks import Request
+from paxattn.attention.mosaic_gpu import config, support
+from paxattn.attention.mosaic_gpu.portable import cards
+from paxattn.attention.target import Target
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.page_table import init_page_table
 from paxattn.ragged import ragged_batch
@@ -50,6 +53,29 @@ def test_a_mixed_batch(case):
     check(inputs, run(cases.poison(inputs)), widened=gpu_interpreter.long_tokens(case))
 
 
+BEYOND = (  # (what Hopper's own prefill kernel declines)
+    Case(
+        q_lens=(1, 20, 0, 3), kv_lens=(130, 90, 9, 70), **BF16, heads=(4, 1), head_dim=256,
+        page_dtype="int8", padding=3, window=77,
+    ),
+    pytest.param(
+        Case(
+            q_lens=(1, 20, 3), kv_lens=(130, 90, 70), **F16, heads=(4, 2), page_size=8,
+            page_dtype="float8_e4m3fn", soft_cap=30.0,
+        ),
+        marks=pytest.mark.slow,
+    ),
+)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("case", BEYOND, ids=str)
+def test_a_mixed_batch_of_hoppers_own_decode_kernel_and_the_portable_prefill_kernel(case):
+    inputs = cases.make(case)
+    got = run(cases.poison(inputs), long_card=cards.card_of("NVIDIA H200"))
+    check(inputs, got, widened=gpu_interpreter.long_tokens(case))
+
+
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("case", gpu_interpreter.grid(), ids=str)
@@ -76,6 +102,86 @@ def test_rows_are_short_as_far_as_registers_reach():
             assert config.short_q_len(most // group, group, head_dim) == most // group
             assert config.short_q_len(most, group + 1, head_dim) * (group + 1) <= max(16, group + 1)
     assert config.short_q_len(1, 32, 256) == 0
+
+
+# Which kernels serve.
+
+H200 = Target(platform="gpu", device_kind="NVIDIA H200")
+ASKED = dict(
+    num_tokens=2048, num_rows=8, num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
+    num_pages=100, max_pages_per_seq=64, num_layers=2, dtype="bfloat16", max_q_len=512,
+    causal=True, window=False, soft_cap=False, sinks=False, return_lse=False,
+)  # fmt: skip
+OWN, PORTABLE = "prefill kernel", r"portable \(sm_90\) prefill kernel \(not Hopper's own: {}\)"
+DECODE = "; rows of at most 4: decode kernel, 16 query rows per KV head"
+NEEDS_NEW = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="quantised pages need jax 0.11 there"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(), OWN + DECODE),
+        (dict(head_dim=256, page_size=8), OWN + DECODE),
+        (dict(max_q_len=1), "decode kernel, 8 query rows per KV head"),
+        (dict(max_q_len=1, head_dim=80), "decode kernel, 8 query rows per KV head"),
+        (dict(num_q_heads=80, num_kv_heads=1, max_q_len=2), OWN),
+    ],
+)
+def test_hoppers_own_kernels_serve_all_pages_of_floats(changes, told):
+    assert support.check(Request(**ASKED | changes), H200) == told
+
+
+@NEEDS_NEW
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(), OWN + DECODE),
+        (dict(head_dim=256), PORTABLE.format(".* of head_dim 64, 128 only") + DECODE),
+        (dict(page_size=8), PORTABLE.format(".* of 16 and more tokens only") + DECODE),
+        (dict(head_dim=256, page_size=8, max_q_len=1), "decode kernel, 8 query rows per KV head"),
+        (
+            dict(head_dim=192, max_q_len=1),
+            r"portable \(sm_90\) decode kernel \(not .* 64, 128, 256 only\), 16 query rows .*",
+        ),
+        (dict(head_dim=192), r"portable .* prefill .*; rows of at most 4: portable .* decode .*"),
+    ],
+)
+@pytest.mark.parametrize("page_dtype", ["int8", "float8_e4m3fn"])
+def test_the_portable_kernels_serve_quantised_pages_that_hoppers_own_decline(
+    changes, told, page_dtype
+):
+    found = support.check(Request(**ASKED | changes, page_dtype=page_dtype), H200)
+    assert re.fullmatch(told, found), found
+
+
+@NEEDS_NEW
+def test_quantised_pages_that_come_out_uneven_for_four_warps_are_declined():
+    with pytest.raises(NotImplementedError, match="page_size=16 with head_dim=80"):
+        support.check(Request(**ASKED | dict(head_dim=80), page_dtype="int8"), H200)
+
+
+@NEEDS_NEW
+@pytest.mark.parametrize(
+    ("head_dim", "own", "size"), [(128, (True, True), 128), (256, (True, False), 32),
+                                  (192, (False, False), 32)],
+)  # fmt: skip
+def test_a_plan_names_the_kernel_of_each_part(head_dim, own, size):
+    lens = jnp.full((8,), 300, jnp.int32)
+    made = support.schedule(
+        Request(**ASKED | dict(head_dim=head_dim), page_dtype="int8"),
+        H200,
+        block_tables=jnp.zeros((8, 64), jnp.int32),
+        kv_lens=lens,
+        cu_q_lens=jnp.asarray([0, 200, *range(201, 208)], jnp.int32),
+        sliding_window=None,
+        fixed_split=None,
+    )
+    assert (made.short.card is None, made.long.card is None) == own
+    assert (made.short.stored is None) == own[0]
+    assert made.long.tiles.size == size
+    assert {card.arch for card in (made.short.card, made.long.card) if card} <= {"sm_90"}
 
 
 # What a step's program holds.

@@ -1,6 +1,7 @@
 """The portable kernels compiled for Ampere, Ada and Blackwell without a GPU.
 
-Layouts, registers, spills, and shared memory, which the compiler does not check.
+Layouts, registers, spills, and shared memory, which the compiler does not check. For Hopper, which
+has kernels of its own, those that serve what these decline.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import test_mosaic_gpu_steps_compile as steps
 
 from paxattn.attention import paged_attention
 from paxattn.attention import schedule as work
-from paxattn.attention.mosaic_gpu import config, prefill_tiles
+from paxattn.attention.mosaic_gpu import config, prefill_config, prefill_tiles
 from paxattn.attention.mosaic_gpu.portable import cards
 from paxattn.attention.mosaic_gpu.portable import config as portable
 
@@ -31,6 +32,8 @@ CARDS = {
     "b200": cards.card_of("NVIDIA B200"),
     "rtx5090": cards.card_of("NVIDIA GeForce RTX 5090"),
 }
+H200 = cards.card_of("NVIDIA H200")
+EVERY = CARDS | {"h200": H200}
 T, R, M, N, HEADS, GROUP = 1024, 16, 256, 2000, 2, 4
 VARIANTS = {
     "plain": dict(dtype=jnp.bfloat16, soft_cap=None, window=False, causal=True),
@@ -114,20 +117,27 @@ def extremes(configs):
     return [one for group in alike.values() for one in dict.fromkeys((group[0], group[-1]))]
 
 
+def hoppers_own(kernel, head_dim, page_size, quantized):
+    """Whether Hopper's own kernel serves this."""
+    if kernel is decode:
+        return not quantized or head_dim in config.QUANTIZED_HEAD_DIMS
+    return not quantized or (head_dim in prefill_config.QUANTIZED_HEAD_DIMS and page_size > 8)
+
+
 def grid():
     """All configs in the variant that takes most, some in others: name, `(target, kernel, ...)`."""
     kernels = [(decode, 16), (decode, 32), (decode, 64), (prefill, 32), (prefill, 64)]
     for target, (kernel, rows), head_dim, page_size, variant in itertools.product(
-        CARDS, kernels, config.HEAD_DIMS, (8, 16, 128), VARIANTS
+        EVERY, kernels, config.HEAD_DIMS, (8, 16, 128), VARIANTS
     ):
         quantized = variant in PAGES
         if page_size != 16 and variant not in ("capped", "fp8", "int8"):
             continue
-        if (quantized and head_dim not in config.QUANTIZED_HEAD_DIMS) or (
-            (target, variant) == ("a100", "fp8")
-        ):
+        if (target, variant) == ("a100", "fp8"):
             continue
-        card = CARDS[target]
+        if target == "h200" and hoppers_own(kernel, head_dim, page_size, quantized):
+            continue
+        card = EVERY[target]
         sizes = dict(head_dim=head_dim, page_size=page_size, quantized=quantized)
         try:
             portable.swizzle(min(page_size, 32), head_dim, by_warps=quantized or not card.tma)
@@ -156,12 +166,12 @@ def grid():
 GRID = dict(grid())
 
 
-def whole_op(page_dtype=None):
+def whole_op(page_dtype=None, head_dim=128):
     """Mixed batches by the public op, with every option."""
-    pages, tables, lens, scalar = given(128, 16, jnp.float16, page_dtype)
+    pages, tables, lens, scalar = given(head_dim, 16, jnp.float16, page_dtype)
     scales = dict(zip(("k_scales", "v_scales"), pages[2:], strict=False))
     arrays = scales | dict(
-        q=shape((T, HEADS * GROUP, 128), jnp.float16), k_pages=pages[0], v_pages=pages[1],
+        q=shape((T, HEADS * GROUP, head_dim), jnp.float16), k_pages=pages[0], v_pages=pages[1],
         block_tables=tables, kv_lens=lens, cu_q_lens=shape((R + 1,), jnp.int32), layer=scalar,
         sliding_window=scalar, sinks=shape((HEADS * GROUP,), jnp.float32),
     )  # fmt: skip
@@ -169,7 +179,10 @@ def whole_op(page_dtype=None):
     return lambda arrays: paged_attention(**arrays, **options), (arrays,)
 
 
-OPS = {"whole_op": None, "int8_op": jnp.int8, "fp8_op": jnp.float8_e4m3fn}
+OPS = {
+    "whole_op": (None,), "int8_op": (jnp.int8,), "fp8_op": (jnp.float8_e4m3fn,),
+    "hopper_op": (jnp.float8_e4m3fn, 256),
+}  # fmt: skip
 BY_DEFAULT = {  # (fp8 is not for Ampere)
     "a100": ["whole_op"], "rtx4090": ["fp8_op"], "b200": ["whole_op"],
     "rtx5090": ["int8_op"],
@@ -179,9 +192,9 @@ BY_DEFAULT = {  # (fp8 is not for Ampere)
 def program(name):
     """For the process that compiles: `(function, arguments)`."""
     if name in OPS:
-        return whole_op(OPS[name])
+        return whole_op(*OPS[name])
     target, kernel, *case, variant = GRID[name]
-    return kernel(CARDS[target], *case, **VARIANTS[variant], page_dtype=PAGES.get(variant))
+    return kernel(EVERY[target], *case, **VARIANTS[variant], page_dtype=PAGES.get(variant))
 
 
 def check(card, kernel, facts, per_sm):
@@ -213,8 +226,22 @@ def test_kernels_within_budget(target):
         assert facts["temp"] < N * HEADS * 16 * 128 * 2 * 2  # (no copy of the pool)
 
 
+def test_hopper_is_served_what_its_own_prefill_kernel_declines():
+    """Both kinds of kernel in one call."""
+    name = "test_mosaic_gpu_portable_compile"
+    facts = gpu_compile.compile_programs(name, ["hopper_op"], "h200")["hopper_op"]
+    sizes = dict(head_dim=256, page_size=16, quantized=True)
+    per_sm = portable.prefill_configs(H200, **sizes)[0].num_ctas // H200.num_sms
+    (kernel,) = [found for found in facts["kernels"] if found["name"] == "portable_prefill"]
+    check(H200, "portable_prefill", {"kernels": [kernel]}, per_sm)
+    names = {found["name"] for found in facts["kernels"]}
+    assert names == {"portable_prefill", "paged_decode", "merge_parts"}
+    assert sum(found["spills"] for found in facts["kernels"]) == 0
+    assert facts["temp"] < N * HEADS * 16 * 256 * 2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", CARDS)
+@pytest.mark.parametrize("target", EVERY)
 @pytest.mark.parametrize("part", range(28))
 def test_whatever_can_be_chosen_is_within_budget(part, target):
     names = [name for name, (its, *_) in GRID.items() if its == target][part::28]
@@ -222,7 +249,7 @@ def test_whatever_can_be_chosen_is_within_budget(part, target):
     for name in names:
         _, kernel, *_, one, _ = GRID[name]
         num_ctas = one.num_cores if kernel is decode else one.num_ctas
-        card = CARDS[target]
+        card = EVERY[target]
         check(card, f"portable_{kernel.__name__}", found[name], num_ctas // card.num_sms)
 
 

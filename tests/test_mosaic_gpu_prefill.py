@@ -12,7 +12,6 @@ import pytest
 from attention_cases import Case
 from gpu_interpreter import check, interpreted
 
-from paxattn.attention import checks
 from paxattn.attention.mosaic_gpu import (
     common,
     prefill_config,
@@ -75,16 +74,6 @@ GRID = dict.fromkeys(
     dataclasses.replace(case, sinks=False)
     for case in gpu_interpreter.grid((*support.PAGE_SIZES, 256))
 )
-
-
-def declined(case):
-    inputs = cases.make(case)
-    request = checks.check(inputs.q, inputs.k_pages, inputs.v_pages, **inputs.options)
-    try:
-        prefill_config.check(request)
-    except NotImplementedError as error:
-        return str(error)
-    return None
 
 
 @interpreted
@@ -297,20 +286,3 @@ def test_the_deal_gives_every_item_to_one_cta(ctas, together):
             item = prefill_work.item_at(static, refs, jnp.int32(nth))
             dealt.append((int(item.head), int(item.tile.place)))
     assert sorted(dealt) == [(h, t) for h in range(heads) for t in range(tiles)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        (dict(dtype="float32"), "float32"),
-        (dict(head_dim=72), "head_dim=72"),
-        (dict(page_size=5), "page_size=5"),
-        (dict(page_size=24), "page_size=24"),
-        (dict(page_dtype="int8", head_dim=256), "head_dim=256 with quantised pages (int8)"),
-        (dict(page_dtype="int8", page_size=8), "page_size=8 with quantised pages (int8)"),
-    ],
-)
-def test_declines_name_the_reason(changes, reason):
-    fine = Case(q_lens=(9,), kv_lens=(9,), **BF16, heads=(14, 2))
-    assert declined(fine) is None
-    assert reason in declined(dataclasses.replace(fine, **changes))

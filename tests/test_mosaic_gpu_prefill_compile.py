@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from paxattn.attention.mosaic_gpu import prefill_config, prefill_tiles
+from paxattn.attention.mosaic_gpu import config, prefill_config, prefill_tiles
 
 pytestmark = [
     pytest.mark.kernels,
@@ -46,10 +46,10 @@ def program(name):
     options = dict(causal=case["causal"], soft_cap=case["soft_cap"])
     scales = {name: given[name] for name in ("k_scales", "v_scales") if name in given}
     request = checks.check(*arrays, **batch, **scales, layer=given["layer"], **options)
-    config = prefill_config.default_config(head_dim=head_dim, quantized=page_dtype is not None)
+    chosen = prefill_config.default_config(head_dim=head_dim, quantized=page_dtype is not None)
 
     def run(arrays, batch, given):
-        plan = plan_batch(**batch, request=request, short_q_len=0, decode=None, prefill=config)
+        plan = plan_batch(**batch, request=request, short_q_len=0, decode=None, prefill=chosen)
         kept = {k: v for k, v in batch.items() if k != "kv_lens"}
         return attend_batch(*arrays, **kept, **given, **options, plan=plan)
 
@@ -65,12 +65,12 @@ OPTIONS = (
 ALL = [
     dict(head_dim=head_dim, page_size=page_size, **more)
     for head_dim, page_size, more in itertools.product(
-        prefill_config.HEAD_DIMS, (8, 16, 32, 64, 128, 256), OPTIONS
+        config.HEAD_DIMS, (8, 16, 32, 64, 128, 256), OPTIONS
     )
 ] + [
     dict(head_dim=head_dim, page_size=page_size, **more, page_dtype=page_dtype)
     for head_dim, page_size, (more, page_dtype) in itertools.product(
-        (64, 128),
+        prefill_config.QUANTIZED_HEAD_DIMS,
         (16, 32, 64, 128, 256),
         zip(OPTIONS, (jnp.int8, jnp.float8_e4m3fn) * 2, strict=True),
     )

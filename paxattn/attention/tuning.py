@@ -13,7 +13,8 @@ package, and the user's (`user_table`), which `paxattn bench --tune` writes and 
                   "config": {"block_kv": 64, "stages": 4, "num_cores": 264},
                   "measured": {...}}]}
 
-`measured` says when, with which versions, and how fast; nothing reads it but people.
+With quantised pages the key has their `page_dtype`, too. `measured` says when, with which versions,
+and how fast; nothing reads it but people.
 """
 
 from __future__ import annotations
@@ -229,6 +230,11 @@ def pick(
             )
         return default
     return config
+
+
+def key_of(page_dtype: str | None, **facts: str | int) -> dict[str, str | int]:
+    """A key: static facts, and of quantised pages their dtype."""
+    return facts if page_dtype is None else facts | {"page_dtype": page_dtype}
 
 
 def find(question: Question) -> Entry | None:

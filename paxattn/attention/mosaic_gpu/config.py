@@ -1,4 +1,4 @@
-"""What both kernels can serve, and the decode kernel's block sizes where nothing was tuned.
+"""What both kernels for Hopper can serve, and the decode kernel's untuned block sizes.
 
 Nothing here imports Mosaic GPU: the choice of an implementation asks for it on any machine.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+
+from paxattn.attention.checks import Request
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -45,6 +47,13 @@ def max_rows(head_dim: int, *, quantized: bool = False) -> int:
     if head_dim <= 128:
         return 48
     return 16 if quantized else 24
+
+
+def why_not(request: Request) -> str:
+    """What keeps the decode kernel for Hopper from a request, or "" if nothing does."""
+    if request.page_dtype is None or request.head_dim in QUANTIZED_HEAD_DIMS:
+        return ""
+    return f"it reads quantised pages of head_dim {', '.join(map(str, QUANTIZED_HEAD_DIMS))} only"
 
 
 def short_q_len(max_q_len: int, group: int, head_dim: int, most: int | None = None) -> int:

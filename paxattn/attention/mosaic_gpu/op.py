@@ -84,12 +84,12 @@ def attend_batch(
         sliding_window=sliding_window, causal=causal, soft_cap=soft_cap, interpret=interpret,
     )  # fmt: skip
     if plan.long is not None:
-        long: dict[str, Any] = dict(tiles=plan.long.tiles, config=plan.long.config, card=plan.card)
+        part = plan.long
+        long: dict[str, Any] = dict(tiles=part.tiles, config=part.config, card=part.card)
         o, lse = prefill_attention(q, k_pages, v_pages, *scales, **long, **options)
     if plan.short is not None:
         # Sinks scale the result once more: round it only after that.
         options["out_dtype"] = q.dtype if sinks is None else jnp.float32
-        options["card"] = plan.card
         few, few_lse = attend_short_rows(q, k_pages, v_pages, *scales, short=plan.short, **options)
         if plan.long is None:
             o, lse = few, few_lse
@@ -115,7 +115,6 @@ def attend_short_rows(
     causal: bool,
     soft_cap: float | None,
     short: ShortRows,
-    card: Card | None,
     out_dtype: Any,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +133,6 @@ def attend_short_rows(
         causal: whether a query is blind to later positions.
         soft_cap: on scaled scores, or None.
         short: the plan of those rows.
-        card: what the portable kernel runs on; None: it is a Hopper GPU.
         out_dtype: of `o`.
         interpret: parameters of Pallas' GPU interpreter, or None.
 
@@ -163,10 +161,10 @@ def attend_short_rows(
         dtype=q.dtype,
         interpret=interpret is not None,
     )
-    if card is None:
-        o, lse = _hopper_units(q, k_pages, v_pages, *scales, static=static, **options)
-    else:
-        o, lse = _portable_units(q, k_pages, v_pages, *scales, card=card, static=static, **options)
+    if short.card is not None:
+        options["card"] = short.card
+    units = _hopper_units if short.card is None else _portable_units
+    o, lse = units(q, k_pages, v_pages, *scales, static=static, **options)
     o = _unpack(o, short, group, 0.0)
     lse = _unpack(lse[:, :, None], short, group, LOWEST)[..., 0]
     return o, jnp.where(lse < 0.5 * LOWEST, -jnp.inf, lse * LN2)

@@ -38,6 +38,7 @@ class ShortRows:
         stored: i32[R], tokens that can be read; None for Hopper, whose kernel sees for itself.
         max_q_len: C, bound on the new tokens of those rows.
         config: block sizes.
+        card: what the portable kernel runs on; None: it is the one for Hopper.
     """
 
     schedule: Schedule
@@ -46,31 +47,34 @@ class ShortRows:
     stored: jax.Array | None
     max_q_len: int = field(metadata=dict(static=True))
     config: Config = field(metadata=dict(static=True))
+    card: Card | None = field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LongRows:
-    """The prefill kernel's part: its work, and block sizes."""
+    """The prefill kernel's part: its work, block sizes, and the card as in `ShortRows`."""
 
     tiles: Tiles
     config: prefill_config.Config = field(metadata=dict(static=True))
+    card: Card | None = field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Both parts; None where a kernel can have nothing to do, whatever the lengths are.
-
-    With a card they are those of the portable kernels, else those for Hopper.
-    """
+    """Both parts; None where a kernel can have nothing to do, whatever the lengths are."""
 
     short: ShortRows | None
     long: LongRows | None
-    card: Card | None = field(default=None, metadata=dict(static=True))
 
 
-@functools.partial(jax.jit, static_argnames=("request", "short_q_len", "decode", "prefill", "card"))
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "request", "short_q_len", "decode", "decode_card", "prefill", "prefill_card",
+    ),
+)  # fmt: skip
 def plan_batch(
     *,
     block_tables: jax.Array,
@@ -81,7 +85,8 @@ def plan_batch(
     short_q_len: int,
     decode: Config | None,
     prefill: prefill_config.Config | None,
-    card: Card | None = None,
+    decode_card: Card | None = None,
+    prefill_card: Card | None = None,
 ) -> Plan:
     """Divides a batch.
 
@@ -94,7 +99,8 @@ def plan_batch(
         short_q_len: C, from `config.short_q_len`.
         decode: the decode kernel's block sizes; None if no row goes there.
         prefill: the prefill kernel's; None if no row goes there.
-        card: what the portable kernels run on; None: it is a Hopper GPU.
+        decode_card: what the portable decode kernel runs on; None: that for Hopper serves.
+        prefill_card: the same of the prefill kernel.
 
     Returns:
         The plan.
@@ -118,12 +124,12 @@ def plan_batch(
             page_size=request.page_size,
             token_bytes=2 * head_bytes(request.head_dim, request.page_dtype or request.dtype),
             min_packed=(short_q_len + 1) * group,
-            size=prefill_config.TILE if card is None else max_rows(request.head_dim),
+            size=prefill_config.TILE if prefill_card is None else max_rows(request.head_dim),
         )
-        long = LongRows(tiles=tiles, config=prefill)
+        long = LongRows(tiles=tiles, config=prefill, card=prefill_card)
         q_lens = jnp.where(short, q_lens, 0)
     if decode is None:
-        return Plan(short=None, long=long, card=card)
+        return Plan(short=None, long=long)
     schedule = schedule_decode(
         q_lens,
         kv_lens,
@@ -136,7 +142,7 @@ def plan_batch(
         split=None if decode.split is None else decode.split // decode.block_kv,
     )
     stored = None
-    if card is not None:
+    if decode_card is not None:
         stored = readable(
             block_tables, kv_lens, kv_lens - q_lens, sliding_window,
             num_pages=request.num_pages, page_size=request.page_size,
@@ -151,7 +157,7 @@ def plan_batch(
             stored=stored,
             max_q_len=short_q_len,
             config=decode,
+            card=decode_card,
         ),
         long=long,
-        card=card,
     )

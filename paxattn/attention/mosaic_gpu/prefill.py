@@ -52,8 +52,7 @@ def prefill_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of the rows of a ragged batch that were cut into tiles, without sinks.
 
-    Arguments as `paged_attention_reference` has them, of requests that `prefill_config.check`
-    accepts.
+    Arguments as `paged_attention_reference` has them, of requests that the kernel serves.
 
     Args:
         q: [T, Hq, D], bf16 or f16.
@@ -69,7 +68,7 @@ def prefill_attention(
         soft_cap: `cap * tanh(s / cap)` on scaled scores, or None.
         tiles: from `prefill_tiles.cut`, for the same window, of `config.max_rows`.
         config: block sizes.
-        card: what the portable kernel runs on; None: it is a Hopper GPU.
+        card: what the portable kernel runs on; None: that for Hopper serves.
         interpret: `plgpu.InterpretGPUParams` to run in Pallas' interpreter.
 
     Returns:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from paxattn.attention.checks import Request
-from paxattn.attention.mosaic_gpu.config import DTYPES, HEAD_DIMS, SHARED_BYTES
+from paxattn.attention.mosaic_gpu.config import SHARED_BYTES
 from paxattn.quantized import SCALE_DTYPE
 
 TILE = 128  # packed query rows (tokens x group) of a tile
 SCALE_BYTES = SCALE_DTYPE.itemsize
+# Of quantised pages. A fourth warpgroup widens them, which leaves ptxas 128 registers per thread; a
+# product of 256 columns takes 158.
+QUANTIZED_HEAD_DIMS = (64, 128)
 _RESERVED_BYTES = 4 * 1024  # barriers, the log-sum-exp, reductions' scratch, alignment
 
 
@@ -73,38 +76,14 @@ def default_config(*, head_dim: int, num_sms: int = 132, quantized: bool = False
     return config if config.fits(head_dim) else replace(config, stages=1)
 
 
-def check(request: Request, config: Config | None = None) -> str:
-    """Tells whether the prefill kernel can serve.
-
-    Args:
-        request: what is asked.
-        config: block sizes; None: `default_config`.
-
-    Returns:
-        Why it can.
-
-    Raises:
-        NotImplementedError: it cannot; the message says why.
-    """
-    if request.dtype not in DTYPES:
-        raise NotImplementedError(f"dtype {request.dtype}: the tensor cores take bfloat16, float16")
-    if request.head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"head_dim={request.head_dim}: must be one of {HEAD_DIMS}")
-    if request.page_dtype is not None and request.head_dim > 128:
-        # A fourth warpgroup widens them; ptxas wants 158 for a product of 256 columns.
-        raise NotImplementedError(
-            f"head_dim={request.head_dim} with quantised pages ({request.page_dtype}): the prefill "
-            "kernel has but 128 registers per thread to read them, 128 elements' worth"
+def why_not(request: Request) -> str:
+    """What keeps the prefill kernel for Hopper from a request, or "" if nothing does."""
+    if request.page_dtype is None:
+        return ""
+    if request.head_dim not in QUANTIZED_HEAD_DIMS:
+        return (
+            f"it reads quantised pages of head_dim {', '.join(map(str, QUANTIZED_HEAD_DIMS))} only"
         )
-    if request.page_dtype is not None and request.page_size < 16:
-        raise NotImplementedError(
-            f"page_size={request.page_size} with quantised pages ({request.page_dtype}): 64 copies "
-            "for a block spill registers of the prefill kernel; page sizes from 16 on serve"
-        )
-    config = config or default_config(head_dim=request.head_dim)
-    page, block = request.page_size, config.block_kv
-    if page % 8 or (page % block and block % page):
-        raise NotImplementedError(
-            f"page_size={page}: must be a multiple of 8 that divides {block} or is a multiple of it"
-        )
-    return "the prefill kernel serves this"
+    if request.page_size < 16:  # (64 copies for a block spill the producer's registers)
+        return "it reads quantised pages of 16 and more tokens only"
+    return ""

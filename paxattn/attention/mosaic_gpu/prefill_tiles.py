@@ -1,8 +1,8 @@
 """What the prefill kernel works through: tiles of packed query rows, and the order they run in.
 
 The queries of a row of the batch that read one KV head are *packed*: token `i`'s query head `g` of
-the group is packed row `i * G + g`. Packed rows are cut into tiles of 128 (fewer on GPUs other than
-Hopper), whatever G is, so a token's heads may lie in two tiles and nothing but a row's last tile is
+the group is packed row `i * G + g`. Packed rows are cut into tiles of 128 (fewer for the portable
+kernel), whatever G is, so a token's heads may lie in two tiles and nothing but a row's last tile is
 padded. Tiles are stored in batch order (`pack_queries`, `unpack`), and worked through in another:
 longest first, among those whose keys and values fit the L2 cache together.
 

@@ -1,27 +1,20 @@
 """What the Mosaic GPU kernels serve, and the way into them. Importing this imports no kernel.
 
-`check` declines with a reason, `schedule` divides a batch between the two kernels and over the
-multiprocessors, and `run` serves it so.
+Rows of few new tokens go to a decode kernel, the others to a prefill kernel. Each is Hopper's own
+where that can serve, else the portable one. `check` tells which do, or declines with a reason,
+`schedule` divides a batch between them and over the multiprocessors, and `run` serves it so.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from paxattn.attention.checks import Request
-from paxattn.attention.mosaic_gpu import prefill_config, tunable
-from paxattn.attention.mosaic_gpu.config import (
-    DTYPES,
-    HEAD_DIMS,
-    QUANTIZED_HEAD_DIMS,
-    max_rows,
-    packed_rows,
-    short_q_len,
-)
+from paxattn.attention.mosaic_gpu import config, prefill_config, tunable
+from paxattn.attention.mosaic_gpu.config import DTYPES, HEAD_DIMS, short_q_len
 from paxattn.attention.mosaic_gpu.portable import cards
 from paxattn.attention.mosaic_gpu.portable import config as portable
 from paxattn.attention.mosaic_gpu.portable.cards import Card
@@ -31,8 +24,6 @@ from paxattn.attention.target import Target
 if TYPE_CHECKING:
     from paxattn.attention.mosaic_gpu.plan import Plan
 
-_HOPPER = re.compile(r"\b(GH200|H200|H100|H800|H20)\b")
-_SMS = {"NVIDIA H100 PCIe": 114, "NVIDIA H20": 78}  # others: 132
 PAGE_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -51,48 +42,53 @@ def check(request: Request | None, target: Target) -> str:
     """
     card = _card(target)
     if request is None:
-        pages = "pages of floats" + ("" if jax.__version_info__ < (0, 11) else ", int8 and fp8")
-        if card is None:
-            return f"decode and prefill kernels for NVIDIA Hopper GPUs; {pages}"
-        copies, pages = "TMA" if card.tma else "cp.async", "int8 and fp8" if card.fp8 else "int8"
-        return (
-            f"portable decode and prefill kernels, for {card.arch} ({copies}, warp-level mma); "
-            f"pages of floats, {pages}"
-        )
+        return _offer(card)
     if request.dtype not in DTYPES:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
     if request.head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
-    if request.page_dtype is not None:
-        _check_quantized(request.head_dim, f"quantised pages ({request.page_dtype})")
+    if request.page_dtype is not None and jax.__version_info__ < (0, 11):
+        # (0.10 copies no fewer than 128 bytes, and scales are less)
+        raise NotImplementedError(
+            f"its kernels read quantised pages ({request.page_dtype}) from jax 0.11 on"
+        )
     if request.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={request.page_size} is not one of {PAGE_SIZES}")
     if request.ancestors:
         raise NotImplementedError("its kernels know no ancestor masks (trees of new tokens)")
-    if card is not None:
+    parts = _divide(request, card)
+    if any(kernel is not None and kernel.card for kernel in (parts.decode, parts.prefill)):
         portable.check(request, card)
-    return _kernel_for(request, card)
+    told = []
+    if parts.prefill is not None:
+        told.append(parts.prefill.name)
+    if parts.decode is not None:
+        told.append(f"{parts.decode.name}, {parts.rows} query rows per KV head")
+    return f"; rows of at most {parts.short}: ".join(told)
 
 
-def _check_quantized(head_dim: int, pages: str) -> None:
-    """Declines quantised pages that no kernel reads."""
-    if jax.__version_info__ < (0, 11):  # (0.10 copies no fewer than 128 bytes, and scales are less)
-        raise NotImplementedError(f"its kernels read {pages} from jax 0.11 on")
-    if head_dim not in QUANTIZED_HEAD_DIMS:
-        raise NotImplementedError(f"{head_dim=} with {pages} is not one of {QUANTIZED_HEAD_DIMS}")
+def _offer(card: Card) -> str:
+    """What there is for a card."""
+    pages = "pages of floats"
+    if jax.__version_info__ >= (0, 11):
+        pages += ", int8 and fp8" if card.fp8 else " and int8"
+    if card.hopper:
+        return f"decode and prefill kernels for NVIDIA Hopper GPUs; {pages}"
+    copies = "TMA" if card.tma else "cp.async"
+    return (
+        f"portable decode and prefill kernels, for {card.arch} ({copies}, warp-level mma); {pages}"
+    )
 
 
-def _card(target: Target) -> Card | None:
-    """The card that the portable kernels run on; None for Hopper, which has its own."""
+def _card(target: Target) -> Card:
+    """The card that the kernels are to run on."""
     kind = target.device_kind
     if target.platform == "gpu":
-        if _HOPPER.search(kind):
-            return None
         card = cards.card_of(kind)
         if card is not None:
-            if jax.__version_info__ < (0, 11):
+            if not card.hopper and jax.__version_info__ < (0, 11):
                 raise NotImplementedError(f"its kernels for {kind} need jax 0.11 or newer")
             return card
         if cards.is_older(kind):
@@ -106,28 +102,55 @@ def _card(target: Target) -> Card | None:
     )
 
 
-def _short_rows(request: Request, card: Card | None) -> tuple[int, int]:
-    """Bound on the new tokens of rows for the decode kernel, and packed rows of its tiles."""
+class _Kernel(NamedTuple):
+    """What serves a part of a batch: with a card the portable kernel, else Hopper's own."""
+
+    card: Card | None
+    name: str
+
+
+class _Parts(NamedTuple):
+    """Who serves what.
+
+    Attributes:
+        short: bound on the new tokens of rows for the decode kernel.
+        rows: packed query rows of its tiles.
+        decode: that kernel; None: no row is so short.
+        prefill: the other; None: no row is longer.
+    """
+
+    short: int
+    rows: int
+    decode: _Kernel | None
+    prefill: _Kernel | None
+
+
+def _kernel(kind: str, request: Request, card: Card, why_not: Callable[[Request], str]) -> _Kernel:
+    """Chooses the kernel of a kind; `why_not` tells what keeps Hopper's own from a request."""
+    why = why_not(request) if card.hopper else ""
+    if card.hopper and not why:
+        return _Kernel(None, f"{kind} kernel")
+    name = f"portable ({card.arch}) {kind} kernel"
+    return _Kernel(card, f"{name} (not Hopper's own: {why})" if why else name)
+
+
+def _divide(request: Request, card: Card) -> _Parts:
     group, head_dim = request.num_q_heads // request.num_kv_heads, request.head_dim
-    if card is None:
-        most = max_rows(head_dim, quantized=request.page_dtype is not None)
+    decode = _kernel("decode", request, card, config.why_not)
+    if decode.card is None:
+        most = config.max_rows(head_dim, quantized=request.page_dtype is not None)
         short = short_q_len(request.max_q_len, group, head_dim, most)
-        return short, packed_rows(short, group)
-    short = short_q_len(request.max_q_len, group, head_dim, portable.max_rows(head_dim))
-    return short, portable.packed_rows(short, group, head_dim)
-
-
-def _kernel_for(request: Request, card: Card | None) -> str:
-    """Names the kernels that a batch needs, and why."""
-    which = "" if card is None else f"portable ({card.arch}) "
-    short, rows = _short_rows(request, card)
-    decode = f"{which}decode kernel, {rows} query rows per KV head"
-    if short == request.max_q_len:
-        return decode
-    if card is None:
-        prefill_config.check(request)
-    prefill = f"{which}prefill kernel"
-    return prefill if short == 0 else f"{prefill}; rows of at most {short}: {decode}"
+        rows = config.packed_rows(short, group)
+    else:
+        short = short_q_len(request.max_q_len, group, head_dim, portable.max_rows(head_dim))
+        rows = portable.packed_rows(short, group, head_dim)
+    prefill = _kernel("prefill", request, card, prefill_config.why_not)
+    return _Parts(
+        short=short,
+        rows=rows,
+        decode=decode if short else None,
+        prefill=prefill if short < request.max_q_len else None,
+    )
 
 
 def schedule(
@@ -158,37 +181,33 @@ def schedule(
     from paxattn.attention.mosaic_gpu import plan
 
     card = _card(target)
-    short, rows = _short_rows(request, card)
-    common: dict[str, Any] = dict(
+    parts = _divide(request, card)
+    decode, prefill = parts.decode, parts.prefill
+    given: dict[str, Any] = dict(
         device=target.device_kind,
         dtype=request.dtype,
+        page_dtype=request.page_dtype,
         head_dim=request.head_dim,
         page_size=request.page_size,
-        quantized=request.page_dtype is not None,
+        num_sms=card.num_sms,
     )
-    pick_decode: Any = tunable.decode_config
-    pick_prefill: Any = tunable.prefill_config
-    if card is None:
-        common["num_sms"] = sms(target)
-    else:
-        pick_decode = functools.partial(tunable.portable_decode_config, card)
-        pick_prefill = functools.partial(tunable.portable_prefill_config, card)
+    sizes: dict[str, Any] = dict(decode=None, prefill=None)
+    if decode is not None:
+        pick = tunable.decode_config
+        sizes["decode"] = pick(decode.card, **given, rows=parts.rows, split=fixed_split)
+        sizes["decode_card"] = decode.card
+    if prefill is not None:
+        sizes["prefill"] = tunable.prefill_config(prefill.card, **given)
+        sizes["prefill_card"] = prefill.card
     return plan.plan_batch(
         block_tables=block_tables,
         kv_lens=kv_lens,
         cu_q_lens=cu_q_lens,
         sliding_window=sliding_window,
         request=request,
-        short_q_len=short,
-        decode=pick_decode(**common, rows=rows, split=fixed_split) if short else None,
-        prefill=pick_prefill(**common) if short < request.max_q_len else None,
-        card=card,
+        short_q_len=parts.short,
+        **sizes,
     )
-
-
-def sms(target: Target) -> int:
-    """Multiprocessors of a Hopper GPU."""
-    return _SMS.get(target.device_kind, 132)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""The GPUs that the portable kernels are for, and what a kernel must know of one.
+"""The GPUs that there are kernels for, and what a kernel must know of one.
 
 Nothing here imports Mosaic GPU: the choice of an implementation asks for it on any machine.
 """
@@ -27,6 +27,11 @@ class Card:
     tma: bool
 
     @property
+    def hopper(self) -> bool:
+        """Whether there are kernels for it alone; the portable ones serve what those do not."""
+        return self.arch == "sm_90"
+
+    @property
     def fp8(self) -> bool:
         """Whether it has instructions that convert fp8 numbers, as from Ada on."""
         return self.arch not in ("sm_80", "sm_86")
@@ -34,6 +39,10 @@ class Card:
 
 def _ampere(num_sms: int) -> Card:
     return Card(arch="sm_80", num_sms=num_sms, shared_bytes=164 * 1024, tma=False)
+
+
+def _hopper(num_sms: int) -> Card:
+    return Card(arch="sm_90", num_sms=num_sms, shared_bytes=228 * 1024, tma=True)
 
 
 def _consumer(arch: str, num_sms: int, tma: bool = False) -> Card:
@@ -51,6 +60,9 @@ _CARDS = (
     (r"\b(L40S?|RTX 6000 Ada)\b", _consumer("sm_89", 142)),
     (r"\b(RTX 4080|L4)\b", _consumer("sm_89", 76)),
     (r"\b(RTX 40\d\d|RTX \d000 Ada)\b", _consumer("sm_89", 46)),
+    (r"\bH100 PCIe\b", _hopper(114)),
+    (r"\bH20\b", _hopper(78)),
+    (r"\b(GH200|H200|H100|H800)\b", _hopper(132)),
     (r"\b(B200|GB200|B100)\b", Card(arch="sm_100", num_sms=148, shared_bytes=228 * 1024, tma=True)),
     (r"\bRTX PRO 6000 Blackwell\b", _consumer("sm_120", 188, tma=True)),
     (r"\bRTX 5090\b", _consumer("sm_120", 170, tma=True)),
@@ -66,7 +78,7 @@ def card_of(device_kind: str) -> Card | None:
         device_kind: the maker's name of it.
 
     Returns:
-        The card, or None for one that the portable kernels do not know.
+        The card, or None for one that is not known.
     """
     return next((card for name, card in _CARDS if re.search(name, device_kind)), None)
 

@@ -70,9 +70,9 @@ def _shapes(
 
     Two thread blocks hide each other's waits, so they come before large blocks, and those before
     more stages; four stages leave little to wait for. The largest tiles have registers enough for
-    blocks of 32 only.
+    blocks of 32 only, the sooner if scales take some.
     """
-    blocks = (32,) if rows * head_dim > 64 * 96 else (64, 32)
+    blocks = (32,) if rows * head_dim > (64 * 80 if quantized else 64 * 96) else (64, 32)
     for per_sm in (2, 1):
         for block_kv in blocks:
             if block_kv % page_size and page_size % block_kv:

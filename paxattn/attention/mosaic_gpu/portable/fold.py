@@ -1,7 +1,7 @@
 """The arithmetic of the portable kernels: a tile of packed query rows reads the pages of one row.
 
-For what has neither `wgmma` nor (here) the tensor memory of data-centre Blackwell: products are
-those of a warp (`mma.sync`), operands pass through registers. A thread block is one warpgroup, that
+Without `wgmma`, and (here) without the tensor memory of data-centre Blackwell: products are those
+of a warp (`mma.sync`), operands pass through registers. A thread block is one warpgroup, that
 copies, waits and computes; two or more of them share a multiprocessor and fill each other's waits.
 
     S [Q, B] = Q [Q, D] K^T [D, B]       then       O [Q, D] += P [Q, B] V [B, D]

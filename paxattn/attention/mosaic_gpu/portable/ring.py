@@ -1,7 +1,8 @@
 """How blocks of K and V come to shared memory: a ring that one warpgroup fills for itself.
 
-Blackwell copies by TMA, which reports to a barrier per stage; Ampere and Ada by `cp.async`, which
-reports nothing: one waits until at most so many of the copies asked for last are still under way.
+Hopper and Blackwell copy by TMA, which reports to a barrier per stage, Ampere and Ada by
+`cp.async`, which reports nothing: one waits until at most so many of the copies asked for last are
+still under way.
 
 Of quantised pages the ring holds the narrow numbers. Scales of a page and head are few (32 bytes of
 16 tokens): too few for `cp.async`, which all 128 threads take part in with 4 bytes or more. They
