@@ -54,6 +54,29 @@ def test_an_entry_serves_its_key_and_no_other(table):
     )
 
 
+@pytest.mark.parametrize("page_dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_pages_have_entries_of_their_own(table, page_dtype):
+    given = dict(device="NVIDIA H200", kernel="mosaic_gpu.prefill")
+    key = {"dtype": "bfloat16", "head_dim": 128, "page_size": 16}
+    floats = tuning.Entry(**given, key=key, config={"block_kv": 64, "stages": 3, "num_ctas": 132})
+    quantised = tuning.Entry(
+        **given,
+        key=key | {"page_dtype": page_dtype},
+        config={"block_kv": 64, "stages": 4, "num_ctas": 132 * 32},
+    )
+    tuning.write(table, [floats, quantised, ENTRY])
+    found = tunable.prefill_config(**HOPPER)
+    assert (found.stages, found.wide) == (3, 0)
+    found = tunable.prefill_config(**HOPPER, page_dtype=page_dtype)
+    assert (found.stages, found.wide, found.num_ctas) == (4, 2, 132 * 32)
+    # What was measured with pages of floats, or with others, says nothing of these.
+    other = {"int8": "float8_e4m3fn", "float8_e4m3fn": "int8"}[page_dtype]
+    heuristic = prefill_config.default_config(head_dim=128, quantized=True)
+    assert tunable.prefill_config(**HOPPER, page_dtype=other) == heuristic
+    heuristic = config.default_config(rows=8, head_dim=128, quantized=True)
+    assert tunable.decode_config(rows=8, **HOPPER, page_dtype=page_dtype) == heuristic
+
+
 def test_the_newest_entry_counts_and_the_others_stay(table):
     other = dataclasses.replace(ENTRY, device="NVIDIA H100")
     tuning.write(table, [ENTRY, other])
@@ -91,15 +114,24 @@ def test_a_damaged_table_is_an_error_that_names_it(table, text):
 
 
 def test_candidates_hold_the_heuristics_choice_and_fit():
-    for rows, head_dim, page_size in ((8, 128, 16), (16, 64, 128), (48, 128, 8), (24, 256, 32)):
-        found = list(tunable.decode_candidates(rows=rows, head_dim=head_dim, page_size=page_size))
-        assert config.default_config(rows=rows, head_dim=head_dim) in found
+    for rows, head_dim, page_size, quantized in (
+        (8, 128, 16, False), (16, 64, 128, False), (48, 128, 8, False), (24, 256, 32, False),
+        (8, 128, 16, True), (16, 64, 128, True), (48, 128, 8, True), (16, 256, 32, True),
+    ):  # fmt: skip
+        sizes = dict(rows=rows, head_dim=head_dim, quantized=quantized)
+        found = list(tunable.decode_candidates(**sizes, page_size=page_size))
+        assert config.default_config(**sizes) in found
         assert len(found) == len(set(found)) > 1
         for one in found:
-            assert config.shared_bytes(one, rows=rows, head_dim=head_dim) < config.SHARED_BYTES
-    for head_dim in config.HEAD_DIMS:
-        found = list(tunable.prefill_candidates(head_dim=head_dim, page_size=16))
-        assert prefill_config.default_config(head_dim=head_dim) in found
+            assert config.shared_bytes(one, **sizes) < config.SHARED_BYTES
+    for quantized, head_dims in (
+        (False, config.HEAD_DIMS), (True, prefill_config.QUANTIZED_HEAD_DIMS),
+    ):  # fmt: skip
+        for head_dim in head_dims:
+            sizes = dict(head_dim=head_dim, quantized=quantized)
+            found = list(tunable.prefill_candidates(**sizes, page_size=16))
+            assert prefill_config.default_config(**sizes) in found
+            assert len(found) == len(set(found)) > 1
     split = tunable.decode_candidates(rows=8, head_dim=128, page_size=16, split=64)
     assert {one.block_kv for one in split} == {64}
 
@@ -118,6 +150,16 @@ def test_counts():
     assert (work.num_pages, work.num_tokens, work.max_q_len) == (5, 5, 3)
     assert work.num_bytes == 4 * 16 * (2 * 2 * 24 + 2 * 4 * 5)
     assert work.num_flops == 4 * 16 * 4 * (10 + 10 + 2 + 3 + 4)
+
+
+def test_tolerance_is_that_of_the_coarsest_dtype_that_a_kernel_multiplies_in():
+    def tolerance(dtype, page_dtype=None):
+        given = TINY | dict(dtype=dtype, page_dtype=page_dtype)
+        return Workload(rows=((1, 9),), **given).tolerance
+
+    assert tolerance("float16") == tolerance("float16", "float8_e4m3fn") < tolerance("bfloat16")
+    assert tolerance("float16", "int8") == tolerance("bfloat16")
+    assert tolerance("float32", "int8") == tolerance("float32") < tolerance("float16")
 
 
 def test_tables_take_turns():
@@ -139,27 +181,31 @@ def test_tables_take_turns():
     assert math.isnan(measure.error(spread, inputs.q))
 
 
-def test_tuning_times_candidates_and_the_op_uses_what_it_wrote(table, monkeypatch, capfd):
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_tuning_times_candidates_and_the_op_uses_what_it_wrote(kv_dtype, table, monkeypatch, capfd):
     """The whole way, by the command line, with the reference and a real clock."""
     every = cut.candidates
     few = lambda default, *, short: list(every(default, short=short))[:1]  # noqa: E731
     monkeypatch.setattr(cut, "candidates", few)
     options = ("2x20", "--heads", "4/2", "--head-dim", "16", "--page-size", "8")
+    options += () if kv_dtype is None else ("--kv-dtype", kv_dtype)
     code, out, err = in_process("bench", *options, "--tune", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 0, err
     for word in ("reference.short", "short_block_kv=64", "chosen", "(heuristic)", "tuned:"):
         assert word in out
     (entry,) = tuning.read(table)
-    assert entry.key == {"dtype": "float32", "heads": 2, "head_dim": 16, "page_size": 8, "rows": 2}
+    key = {"dtype": "float32", "heads": 2, "head_dim": 16, "page_size": 8, "rows": 2}
+    assert entry.key == (key if kv_dtype is None else key | {"page_dtype": kv_dtype})
     assert entry.measured["jax"] == jax.__version__
     assert entry.measured["rows"] == ["2x20"]
-    work = Workload(rows=parse_rows("2x20"), **TINY)
+    work = Workload(rows=parse_rows("2x20"), **TINY, page_dtype=kv_dtype)
     (question,) = tune.questions_of(work)
     assert question.entry(question.default).place == entry.place
     assert entry.config["short_block_kv"] in {c.short_block_kv for c in question.candidates}
     code, out, err = in_process("doctor", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 0, err
     assert "reference.short" in out
+    assert ("page_dtype=int8" in out) == (kv_dtype == "int8")
     assert str(table) in out
 
 

@@ -11,7 +11,7 @@ from test_mosaic_gpu_compile import HEADS, shapes
 from test_mosaic_gpu_prefill_compile import HEADS as PREFILL_HEADS
 
 from paxattn.attention import paged_attention, tuning
-from paxattn.attention.mosaic_gpu import config, tunable
+from paxattn.attention.mosaic_gpu import config, prefill_config, tunable
 
 pytestmark = [
     pytest.mark.kernels,
@@ -21,7 +21,15 @@ pytestmark = [
 VARIANTS = {
     "plain": dict(dtype="bfloat16"),
     "capped": dict(dtype="float16", soft_cap=50.0),
+    "int8": dict(dtype="bfloat16", page_dtype="int8"),
+    "fp8": dict(dtype="float16", soft_cap=50.0, page_dtype="float8_e4m3fn"),
 }
+if jax.__version_info__ < (0, 11):  # which declines quantised pages
+    VARIANTS = {name: one for name, one in VARIANTS.items() if "page_dtype" not in one}
+
+
+def is_quantized(variant):
+    return "page_dtype" in VARIANTS[variant]
 
 
 def decode_name(rows, head_dim, page_size, variant, c):
@@ -45,27 +53,40 @@ DECODE = {
     for rows, head_dim, page_size, variant in itertools.product(
         HEADS, config.HEAD_DIMS, (8, 16, 128), VARIANTS
     )
-    if rows <= config.max_rows(head_dim)
+    if rows <= config.max_rows(head_dim, quantized=is_quantized(variant))
+    if not is_quantized(variant) or head_dim in config.QUANTIZED_HEAD_DIMS
     for one in extremes(
-        tunable.decode_candidates(rows=rows, head_dim=head_dim, page_size=page_size)
+        tunable.decode_candidates(
+            rows=rows, head_dim=head_dim, page_size=page_size, quantized=is_quantized(variant)
+        )
     )
 }
 PREFILL = {
     prefill_name(head_dim, page_size, variant, one): (head_dim, page_size, variant, one)
     for head_dim, page_size, variant in itertools.product(config.HEAD_DIMS, (16, 128), VARIANTS)
-    for one in extremes(tunable.prefill_candidates(head_dim=head_dim, page_size=page_size))
+    if not is_quantized(variant) or head_dim in prefill_config.QUANTIZED_HEAD_DIMS
+    for one in extremes(
+        tunable.prefill_candidates(
+            head_dim=head_dim, page_size=page_size, quantized=is_quantized(variant)
+        )
+    )
 }
 
 
 def decode(rows, head_dim, page_size, variant, chosen):
     """The public op with a table that says so."""
     options = dict(VARIANTS[variant])
-    dtype = options.pop("dtype")
-    given = shapes(rows=rows, head_dim=head_dim, page_size=page_size, dtype=jnp.dtype(dtype))
+    dtype, page_dtype = options.pop("dtype"), options.pop("page_dtype", None)
+    given = shapes(
+        rows=rows, head_dim=head_dim, page_size=page_size, dtype=jnp.dtype(dtype),
+        page_dtype=page_dtype and jnp.dtype(page_dtype),
+    )  # fmt: skip
     entry = tuning.Entry(
         device="NVIDIA H200",
         kernel="mosaic_gpu.decode",
-        key=dict(dtype=dtype, head_dim=head_dim, page_size=page_size, rows=rows),
+        key=tuning.key_of(
+            page_dtype, dtype=dtype, head_dim=head_dim, page_size=page_size, rows=rows
+        ),
         config=dict(block_kv=chosen.block_kv, stages=chosen.stages, num_cores=chosen.num_cores),
     )
 
@@ -81,8 +102,9 @@ def decode(rows, head_dim, page_size, variant, chosen):
 def prefill(head_dim, page_size, variant, chosen):
     """The same for the prefill kernel."""
     options = dict(VARIANTS[variant])
-    dtype, shape = options.pop("dtype"), jax.ShapeDtypeStruct
-    pages = shape((2, 20_000, PREFILL_HEADS, page_size, head_dim), jnp.dtype(dtype))
+    dtype, page_dtype = options.pop("dtype"), options.pop("page_dtype", None)
+    shape = jax.ShapeDtypeStruct
+    pages = shape((2, 20_000, PREFILL_HEADS, page_size, head_dim), jnp.dtype(page_dtype or dtype))
     given = dict(
         q=shape((2048, PREFILL_HEADS * 4, head_dim), jnp.dtype(dtype)),
         k_pages=pages,
@@ -93,10 +115,12 @@ def prefill(head_dim, page_size, variant, chosen):
         layer=shape((), jnp.int32),
         sliding_window=shape((), jnp.int32),
     )
+    if page_dtype is not None:
+        given["k_scales"] = given["v_scales"] = shape(pages.shape[:-1], jnp.bfloat16)
     entry = tuning.Entry(
         device="NVIDIA H200",
         kernel="mosaic_gpu.prefill",
-        key=dict(dtype=dtype, head_dim=head_dim, page_size=page_size),
+        key=tuning.key_of(page_dtype, dtype=dtype, head_dim=head_dim, page_size=page_size),
         config=dict(block_kv=chosen.block_kv, stages=chosen.stages, num_ctas=chosen.num_ctas),
     )
 
@@ -116,16 +140,19 @@ def check(name, facts):
     found = {kernel["name"]: kernel for kernel in facts["kernels"]}
     assert sum(kernel["spills"] for kernel in facts["kernels"]) == 0, name
     if name in PREFILL:
-        chosen = PREFILL[name][-1]
+        head_dim, _, _, chosen = PREFILL[name]
         kernel = found["paged_prefill"]
-        ring = 2 * 2 * chosen.stages * chosen.block_kv * PREFILL[name][0]
+        ring = 2 * 2 * chosen.places * chosen.block_kv * head_dim
+        ring += 2 * chosen.stages * chosen.block_kv * head_dim if chosen.wide else 0
         assert ring < kernel["shared"] <= config.SHARED_BYTES, name
-        assert kernel["registers"] <= 168, name
+        # Three warpgroups share a multiprocessor's, or four.
+        assert kernel["registers"] <= (128 if chosen.wide else 168), name
         return
-    rows, head_dim, *_, chosen = DECODE[name]
+    rows, head_dim, _, variant, chosen = DECODE[name]
     kernel, per_sm = found["paged_decode"], chosen.num_cores // 132
     assert kernel["registers"] <= 65536 // 256 // per_sm, name
-    needed = config.shared_bytes(chosen, rows=rows, head_dim=head_dim)
+    quantized = is_quantized(variant)
+    needed = config.shared_bytes(chosen, rows=rows, head_dim=head_dim, quantized=quantized)
     assert needed <= kernel["shared"] <= config.SHARED_BYTES // per_sm - 1024, name
 
 

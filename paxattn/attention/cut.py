@@ -92,19 +92,20 @@ def candidates(default: Config, *, short: bool) -> Iterator[Config]:
 
 def choose_config(
     *, device: str, dtype: str, max_q_len: int, num_rows: int, num_q_heads: int,
-    num_kv_heads: int, head_dim: int, page_size: int,
+    num_kv_heads: int, head_dim: int, page_size: int, page_dtype: str | None = None,
 ) -> Config:  # fmt: skip
     """Chooses block sizes: tuned ones, else the heuristic's.
 
     Args:
         device: the device's kind.
-        dtype: of queries and pages.
+        dtype: of queries, and of pages that are not quantised.
         max_q_len: bound on a row's new tokens.
         num_rows: R.
         num_q_heads: Hq.
         num_kv_heads: Hkv.
         head_dim: D.
         page_size: P, tokens.
+        page_dtype: of quantised pages, or None.
 
     Returns:
         The config.
@@ -117,8 +118,9 @@ def choose_config(
         max_q_len=max_q_len,
     )
     short = max_q_len <= default.short_q
-    key: dict[str, str | int] = {"dtype": dtype}
-    key |= {"heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
+    key = tuning.key_of(
+        page_dtype, dtype=dtype, heads=num_kv_heads, head_dim=head_dim, page_size=page_size
+    )
     if short:
         key["rows"] = num_rows  # (they are read together)
     return tuning.pick(

@@ -28,7 +28,7 @@ from paxattn.quantized import head_bytes, quantize
 # last cache of any machine.
 _COLD_BYTES = 2**28
 _MOST_TURNS = 16
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
+_TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,13 @@ class Workload:
         new = 2 * self.num_q_heads * self.num_tokens
         stored *= head_bytes(self.head_dim, self.page_dtype or self.dtype)
         return stored + new * head_bytes(self.head_dim, self.dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """Bound on the error of a right answer."""
+        # (Hopper's decode kernel multiplies int8 numbers as bf16 ones, whatever the queries are.)
+        bf16 = self.page_dtype == "int8" and self.dtype == "float16"
+        return _TOLERANCE["bfloat16" if bf16 else self.dtype]
 
     @property
     def num_flops(self) -> int:

@@ -53,6 +53,7 @@ def run(
         num_kv_heads=heads,
         head_dim=head_dim,
         page_size=page_size,
+        page_dtype=None if options.get("k_scales") is None else k_pages.dtype.name,
     )
     attend = _in_auto_mode(functools.partial(paged_attention_reference, config=config), q)
     return attend(q, k_pages, v_pages, **options)

@@ -136,7 +136,7 @@ def _time(
                 op = measure.op_of(work, implementation)
                 run = measure.compile_loop(op, inputs, steps)
                 error = measure.error(run(), right)
-                if error <= measure.TOLERANCE[work.dtype]:
+                if error <= work.tolerance:
                     runs[config] = run
                 else:
                     failures[config] = f"wrong: an error of {error:.2g}"
