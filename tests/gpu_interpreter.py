@@ -53,7 +53,7 @@ def no_races():
 
 def call(
     inputs, *, cores=3, stages=2, block_kv=64, ctas=2, split=None, short=None, decode=True,
-    prefill=None, card=None, long_card=None, **changes,
+    prefill=None, card=None, long_card=None, split_over=None, **changes,
 ):  # fmt: skip
     """`(o, lse)` of the implementation; rows are routed as they would be, unless told otherwise.
 
@@ -86,6 +86,7 @@ def call(
         prefill=prefill if short < request.max_q_len else None,
         decode_card=card,
         prefill_card=long_card,
+        split_over=split_over,
     )
     return support.run(
         *arrays,

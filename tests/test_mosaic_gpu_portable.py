@@ -109,6 +109,13 @@ def test_prefill_matches_oracle_and_reads_no_poison(case):
 
 
 @interpreted
+def test_pieces_of_few_long_rows_are_merged():
+    case = Case(q_lens=(9, 3), kv_lens=(1400, 5), **BF16, heads=(4, 1), sinks=True)
+    inputs = cases.make(case)
+    check(inputs, run(cases.poison(inputs), card=B200, short=0, split_over=8))
+
+
+@interpreted
 @pytest.mark.parametrize("copies", CARDS)
 def test_a_mixed_batch_in_other_block_sizes(copies):
     inputs = cases.make(MIXED_BY_COPIES[copies])

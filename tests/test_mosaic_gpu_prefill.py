@@ -104,6 +104,21 @@ def test_no_row_is_chosen():
     np.testing.assert_array_equal(lse, -np.inf)
 
 
+SPLIT = (
+    # (the last row has no third piece, and its first queries see nothing of the second)
+    Case(q_lens=(3, 40, 0, 9), kv_lens=(10, 1700, 40, 540), **BF16, heads=(4, 1), sinks=True),
+    # (queries before their sequence's start; a window that begins within the first piece)
+    Case(q_lens=(40, 7), kv_lens=(1563, 5), **F16, heads=(2, 1), window=1100, page_size=128),
+)
+
+
+@interpreted
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_pieces_of_few_long_rows_are_merged(case):
+    inputs = cases.make(case)
+    check(inputs, run(cases.poison(inputs), split_over=8))
+
+
 @interpreted
 def test_a_window_that_is_not_positive_is_none():
     case = Case(q_lens=(20,), kv_lens=(90,), **BF16, heads=(2, 1))
@@ -169,10 +184,11 @@ def test_a_walk_visits_what_is_seen_and_masks_where_it_must(causal, page_size, h
     last_packed = np.minimum(first_packed + TILE, q_len * 3) - 1
     stored = np.where(rng.random(many) < 0.1, np.maximum(kv_len // 2, 1), kv_len)
     history = kv_len - q_len
+    begin = rng.choice([0, 0, 128, 384], many)
     window = rng.choice([0, -5, 1, 64, 200, 500], many)
     tiles = prefill_tiles.Tile(
         *(jnp.asarray(x, jnp.int32) for x in (
-            0 * q_len, 0 * q_len, first_packed, history, history + last_packed // 3, stored
+            0 * q_len, 0 * q_len, first_packed, history, history + last_packed // 3, stored, begin
         ))
     )  # fmt: skip
     walks = jax.vmap(lambda tile, w: prefill_work.walk_of(static, tile, w))(
@@ -189,6 +205,7 @@ def test_a_walk_visits_what_is_seen_and_masks_where_it_must(causal, page_size, h
             seen = seen & (token <= position[:, None])
             if window[i] > 0:
                 seen = seen & (token > position[:, None] - window[i])
+        seen = seen & (token >= begin[i])
         visited = order[i, : blocks[i]]
         assert sorted(visited) == list(range(blocks[i]))
         tokens = start[i] + visited[:, None] * block + np.arange(block)
@@ -196,7 +213,7 @@ def test_a_walk_visits_what_is_seen_and_masks_where_it_must(causal, page_size, h
         assert seen[:, tokens[: num_plain[i]]].all()
         assert start[i] % static.copy == 0
         for reach in tokens:  # no block is read in vain, but where a row's pages have a hole
-            assert seen[:, reach].any() or stored[i] < kv_len[i]
+            assert seen[:, reach].any() or stored[i] < kv_len[i] or begin[i]
 
 
 # Tiles.
@@ -243,7 +260,7 @@ def test_every_chosen_query_is_in_one_tile_and_comes_back():
 def test_tiles_run_longest_first_among_those_that_share_the_cache():
     tiles, _ = cut(Q_LENS, KV_LENS)
     assert tiles.heads_together == 2
-    *_, last, _ = np.asarray(tiles.fields)[: tiles.count].T
+    last = np.asarray(tiles.fields)[: tiles.count, 4]
     assert list(last) == sorted(last, reverse=True)
     # A window makes nearly all equal, and leaves them in their order.
     tiles, _ = cut(Q_LENS, KV_LENS, window=jnp.int32(1), group=128)
@@ -253,6 +270,58 @@ def test_tiles_run_longest_first_among_those_that_share_the_cache():
     assert tiles.heads_together == 1
     rows = np.asarray(tiles.fields)[: tiles.count, 1]
     assert list(rows) == sorted(rows)
+
+
+@pytest.mark.parametrize("window", [None, 0, 1000])
+def test_pieces_are_the_whole_of_a_tile_and_none_is_read_twice(window):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        q_lens = rng.integers(0, 60, 4)
+        kv_lens = q_lens + rng.integers(0, 2900, 4) * (rng.random(4) < 0.7)
+        given = dict(tokens=200, window=None if window is None else jnp.int32(window))
+        whole, _ = cut(q_lens, kv_lens, **given)
+        tiles, _ = cut(q_lens, kv_lens, split_over=132, **given)
+        assert tiles.most_pieces == 2970 // 512
+        assert tiles.count == tiles.pieces.sum() >= whole.count
+        fields = np.asarray(tiles.fields)[: tiles.count]
+        by_place = {field[0]: field for field in fields}
+        for field in np.asarray(whole.fields)[: whole.count]:
+            at = field[0] + np.arange(tiles.pieces[field[0]]) * len(tiles.pieces)
+            found = np.array([by_place.pop(place) for place in at])
+            np.testing.assert_array_equal(found[:, 1:5], np.tile(field[1:5], (len(at), 1)))
+            begins, stops = found[:, 6], found[:, 5]
+            np.testing.assert_array_equal(begins[1:], stops[:-1])
+            assert begins[0] == field[6]
+            assert stops[-1] == field[5]
+            assert (begins % 128 == 0).all()
+        assert not by_place
+        lengths = np.minimum(fields[:, 5], fields[:, 4] + 1) - fields[:, 6]
+        assert window or list(lengths) == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "heads", "most", "expected"),
+    [
+        (1, 1, 32, 32),  # as many as there may be
+        (7, 8, 4, 2),  # 56 items: 112 pieces run at the same time, 168 do not
+        (16, 8, 8, 1),  # 128 items
+        (1, 8, 32, 16),
+    ],
+)
+def test_as_many_pieces_as_let_thread_blocks_end_together(tiles, heads, most, expected):
+    tokens = jnp.full(tiles, 100_000, jnp.int32)
+    piece = prefill_tiles._piece_tokens(tokens, most, heads, 132, 128)
+    assert (-(-tokens // piece) == expected).all()
+
+
+def test_no_pieces_where_a_full_batch_has_tiles_enough_or_rows_are_short():
+    sizes = dict(group=4, num_kv_heads=8, num_ctas=132)
+    assert prefill_tiles.max_pieces(num_tokens=512, stored=2**17, **sizes) == 2
+    assert prefill_tiles.max_pieces(num_tokens=513, stored=2**17, **sizes) == 1
+    assert prefill_tiles.max_pieces(num_tokens=32, stored=2**17, **sizes) == 32
+    assert prefill_tiles.max_pieces(num_tokens=32, stored=1023, **sizes) == 1
+    tiles, _ = cut(Q_LENS, KV_LENS)
+    assert tiles.most_pieces == 1  # unless a row's result may depend on the batch
 
 
 @pytest.mark.parametrize("min_packed", [1, 65])
@@ -277,7 +346,7 @@ def test_the_deal_gives_every_item_to_one_cta(ctas, together):
         group=1, num_kv_heads=heads, head_dim=64, page_size=16, num_pages=1, dtype=jnp.bfloat16,
         causal=True, window=False, soft_cap=None, config=Config(num_ctas=ctas), interpret=True,
     )  # fmt: skip
-    fields = jnp.arange(tiles, dtype=jnp.int32)[:, None] + jnp.zeros((1, 6), jnp.int32)
+    fields = jnp.arange(tiles, dtype=jnp.int32)[:, None] + jnp.zeros((1, 7), jnp.int32)
     numbers = jnp.asarray([tiles, together, 0, 0], jnp.int32)
     dealt = []
     for cta in range(ctas):

@@ -72,7 +72,7 @@ class Plan:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "request", "short_q_len", "decode", "decode_card", "prefill", "prefill_card",
+        "request", "short_q_len", "decode", "decode_card", "prefill", "prefill_card", "split_over",
     ),
 )  # fmt: skip
 def plan_batch(
@@ -87,6 +87,7 @@ def plan_batch(
     prefill: prefill_config.Config | None,
     decode_card: Card | None = None,
     prefill_card: Card | None = None,
+    split_over: int | None = None,
 ) -> Plan:
     """Divides a batch.
 
@@ -101,6 +102,7 @@ def plan_batch(
         prefill: the prefill kernel's; None if no row goes there.
         decode_card: what the portable decode kernel runs on; None: that for Hopper serves.
         prefill_card: the same of the prefill kernel.
+        split_over: see `prefill_tiles.cut`.
 
     Returns:
         The plan.
@@ -125,6 +127,8 @@ def plan_batch(
             token_bytes=2 * head_bytes(request.head_dim, request.page_dtype or request.dtype),
             min_packed=(short_q_len + 1) * group,
             size=prefill_config.TILE if prefill_card is None else max_rows(request.head_dim),
+            block_kv=prefill.block_kv,
+            split_over=split_over,
         )
         long = LongRows(tiles=tiles, config=prefill, card=prefill_card)
         q_lens = jnp.where(short, q_lens, 0)

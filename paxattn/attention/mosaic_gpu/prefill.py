@@ -1,7 +1,8 @@
 """Launches the prefill kernels, which serve rows with many queries.
 
-A row is cut into tiles of packed query rows (see `prefill_tiles`), which either of two kernels
-serves: that for Hopper (`prefill_kernel`), or the portable one (`portable.prefill`).
+A row is cut into tiles of packed query rows, and a few tiles into pieces of the tokens they read
+(see `prefill_tiles`). Either of two kernels serves them: that for Hopper (`prefill_kernel`), or the
+portable one (`portable.prefill`).
 
 The grid is persistent: CTA `c` of `C` works on items `c`, `2C - 1 - c`, `2C + c`, ... of the list
 (each pass through the CTAs turns round, because a static deal of descending lengths in one

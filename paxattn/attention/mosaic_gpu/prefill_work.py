@@ -75,7 +75,7 @@ class Refs(NamedTuple):
     k_pages: Any  # [L, N, Hkv, P, D]
     v_pages: Any
     block_tables: Any  # i32[R, M]
-    fields: Any  # i32[B, 6], `Tile`s
+    fields: Any  # i32[B, 7], `Tile`s
     numbers: Any  # i32[4]: tiles, KV heads side by side, layer, window (positive)
     scale: Any  # f32[1], sm_scale, times log2(e) unless there is a soft cap
     o: Any  # [Hkv, B, 128, D]
@@ -159,10 +159,10 @@ def walk_of(s: Static, tile: Tile, window: jax.Array) -> Walk:
     first = tile.history + lax.div(tile.first_packed, _i32(s.group))  # its first query's position
     end = jnp.minimum(tile.stored, tile.last + 1) if s.causal else tile.stored
     whole = jnp.minimum(tile.stored, first + 1) if s.causal else tile.stored  # seen by all
-    start, plain = _i32(0), _i32(0)
+    start, plain = tile.begin, _i32(0)
     if s.window:
         lowest = jnp.maximum(first - window + 1, 0)
-        start = lax.div(lowest, _i32(s.copy)) * s.copy
+        start = jnp.maximum(lax.div(lowest, _i32(s.copy)) * s.copy, start)
         plain = _div_up(tile.last - window + 1 - start, block)
     blocks = _div_up(end - start, block)
     plain = jnp.minimum(plain, blocks)

@@ -172,8 +172,8 @@ def schedule(
         kv_lens: i32[R].
         cu_q_lens: i32[R + 1].
         sliding_window: i32[] (not positive: none), or None.
-        fixed_split: tokens per piece of a row, or None. (The prefill kernel never cuts a row's
-            tokens: its results do not depend on the batch anyway.)
+        fixed_split: tokens per piece of a row, or None. (With it, the prefill kernels never cut a
+            row's tokens.)
 
     Returns:
         The plan.
@@ -199,6 +199,7 @@ def schedule(
     if prefill is not None:
         sizes["prefill"] = tunable.prefill_config(prefill.card, **given)
         sizes["prefill_card"] = prefill.card
+        sizes["split_over"] = card.num_sms if fixed_split is None else None
     return plan.plan_batch(
         block_tables=block_tables,
         kv_lens=kv_lens,
