@@ -46,7 +46,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 
 from paxattn.attention import checks, paged_attention
 from paxattn.attention.mosaic_tpu import config, support
-from paxattn.attention.target import Target
+from paxattn.target import Target
 
 H, G, D, P, N, ITEM = 8, 4, 128, 16, 40_000, 2  # a layer of Llama 3 8B, bf16
 M = 512

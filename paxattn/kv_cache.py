@@ -28,13 +28,24 @@ indices, and go wherever these go: what a page holds is right after any step of 
 a token's numbers depend on no other token. The page above takes 384 + 2 * 2 * 3 * 4 * 2 = 480 bytes
 in int8.
 
+On a TPU, 64 numbers fill half of a register's 128 lanes, and XLA would store such a pool in an
+order of its own, that no kernel reads without copying it. So where head_dim is 64 there,
+`init_kv_cache` lays heads side by side in pairs (``heads_per_row=2``):
+
+    k_pages, v_pages     [num_layers, num_pages, ceil(num_kv_heads / 2), page_size, 128]
+    k_scales, v_scales   [num_layers, num_pages, 2 * ceil(num_kv_heads / 2), page_size]
+
+Head ``2i`` has the first half of row ``i``, head ``2i + 1`` the second. If the number of heads is
+odd, the last half is zero (``spare_heads=1``), and takes its bytes all the same. What is not finite
+in a token's keys shows in the results of both heads of the pair.
+
 The arrays are meant to be donated to the jitted step and carried through its loops: `write` and
 `copy_pages` then change them in place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -48,6 +59,9 @@ from paxattn.page_table.inputs import as_integers, check_positive
 from paxattn.page_table.pages import varying_like
 from paxattn.page_table.state import check_pool
 from paxattn.quantized import SCALE_DTYPE, head_bytes, is_quantized, page_dtype, quantize
+from paxattn.target import target_of
+
+PAIRED_HEAD_DIM = 64  # two such heads fill the 128 lanes of a TPU's registers
 
 
 @jax.tree_util.register_dataclass
@@ -57,17 +71,21 @@ class KVCache:
 
     Attributes:
         k_pages: ``[num_layers, num_pages, num_kv_heads, page_size, head_dim]``, in one of
-            `quantized.PAGE_DTYPES`.
+            `quantized.PAGE_DTYPES`; or with heads in pairs.
         v_pages: the same shape and dtype.
         k_scales: bf16 ``[num_layers, num_pages, num_kv_heads, page_size]`` of quantised pages:
             what numbers of ``k_pages`` are multiplied by; None: pages hold floats as they are.
         v_scales: the same of ``v_pages``.
+        heads_per_row: heads that lie side by side, 1 or 2 (static).
+        spare_heads: 1 if the last pair has one head only, else 0 (static).
     """
 
     k_pages: jax.Array
     v_pages: jax.Array
     k_scales: jax.Array | None = None
     v_scales: jax.Array | None = None
+    heads_per_row: int = field(default=1, metadata=dict(static=True))
+    spare_heads: int = field(default=0, metadata=dict(static=True))
 
     @property
     def num_layers(self) -> int:
@@ -82,7 +100,7 @@ class KVCache:
     @property
     def num_kv_heads(self) -> int:
         """Number of key/value heads."""
-        return self.k_pages.shape[2]
+        return self.k_pages.shape[2] * self.heads_per_row - self.spare_heads
 
     @property
     def page_size(self) -> int:
@@ -92,13 +110,13 @@ class KVCache:
     @property
     def head_dim(self) -> int:
         """Elements per head."""
-        return self.k_pages.shape[4]
+        return self.k_pages.shape[4] // self.heads_per_row
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes over all layers, scales included."""
+        """Bytes of K and V that one token takes over all layers, scales and spare included."""
         per_head = head_bytes(self.head_dim, self.k_pages.dtype)
-        return 2 * self.num_layers * self.num_kv_heads * per_head
+        return 2 * self.num_layers * (self.num_kv_heads + self.spare_heads) * per_head
 
     @property
     def bytes_per_page(self) -> int:
@@ -110,6 +128,14 @@ class KVCache:
         return jnp.dtype(dtype if self.k_scales is not None else self.k_pages.dtype)
 
 
+def heads_in_a_row(head_dim: int) -> int:
+    """Heads that lie side by side in the pages of a cache made here and now: 2 or 1.
+
+    By the target that code is built for, that of the mesh or the default device.
+    """
+    return 2 if head_dim == PAIRED_HEAD_DIM and target_of(None).platform == "tpu" else 1
+
+
 def init_kv_cache(
     *,
     num_layers: int,
@@ -119,7 +145,7 @@ def init_kv_cache(
     head_dim: int,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> KVCache:
-    """Allocate a zeroed cache.
+    """Allocate a zeroed cache, in the layout for the mesh's or the default device.
 
     Args:
         num_layers: layers that keep keys and values.
@@ -138,11 +164,19 @@ def init_kv_cache(
     num_kv_heads = check_positive("num_kv_heads", num_kv_heads)
     head_dim = check_positive("head_dim", head_dim)
     dtype = page_dtype(dtype)
-    shape = num_layers, num_pages, num_kv_heads, page_size, head_dim
-    cache = KVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
+    together = heads_in_a_row(head_dim)
+    rows = -(-num_kv_heads // together)
+    shape = num_layers, num_pages, rows, page_size, together * head_dim
+    cache = KVCache(
+        k_pages=jnp.zeros(shape, dtype),
+        v_pages=jnp.zeros(shape, dtype),
+        heads_per_row=together,
+        spare_heads=rows * together - num_kv_heads,
+    )
     if not is_quantized(dtype):
         return cache
-    scales = (jnp.zeros(shape[:-1], SCALE_DTYPE) for _ in range(2))
+    each = num_layers, num_pages, rows * together, page_size
+    scales = (jnp.zeros(each, SCALE_DTYPE) for _ in range(2))
     return replace(cache, k_scales=next(scales), v_scales=next(scales))
 
 
@@ -159,7 +193,8 @@ def write(
     and one for V, in place, and computes the rotary embedding of K inside; a kernel written by hand
     could save no memory traffic. On TPUs, XLA would turn the pool over, and back, for a scatter of
     whole tokens; every head's part of a token is an update of its own there, and the pool stays as
-    it is (unless head_dim is no multiple of 128: then nothing was found that does not copy it).
+    it is (unless head_dim is neither 64 nor a multiple of 128: then nothing was found that does not
+    copy it).
 
     Args:
         cache: the cache; donate it to the enclosing jit to have it changed in place.
@@ -195,19 +230,21 @@ def write(
         return pool.at[layers, pages, :, offsets].set(new, **options)
 
     def by_head(pool: jax.Array, new: jax.Array) -> jax.Array:
-        heads = jnp.arange(cache.num_kv_heads, dtype=jnp.int32)
+        heads = jnp.arange(pool.shape[2], dtype=jnp.int32)
         at = layers[:, None], pages[:, None], heads, offsets[:, None]
         return pool.at[at].set(new, **options)
 
     def store(pool: jax.Array, new: jax.Array) -> jax.Array:
         return lax.platform_dependent(pool, new, tpu=by_head, default=by_token)
 
-    dtype = cache.k_pages.dtype
-    if cache.k_scales is None:
-        tokens = KVCache(k_pages=k.astype(dtype), v_pages=v.astype(dtype))
-    else:
+    dtype, k_scales, v_scales = cache.k_pages.dtype, None, None
+    if cache.spare_heads:
+        k, v = (jnp.pad(x, ((0, 0), (0, cache.spare_heads), (0, 0))) for x in (k, v))
+    if cache.k_scales is not None:
         (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
-        tokens = KVCache(k_pages=k, v_pages=v, k_scales=k_scales, v_scales=v_scales)
+    rows = slots.size, cache.k_pages.shape[2], cache.k_pages.shape[4]
+    k, v = (x.astype(dtype).reshape(rows) for x in (k, v))
+    tokens = replace(cache, k_pages=k, v_pages=v, k_scales=k_scales, v_scales=v_scales)
     return jax.tree.map(store, cache, tokens)
 
 

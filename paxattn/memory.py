@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from paxattn.kv_cache import heads_in_a_row
 from paxattn.page_table.inputs import INT32_MAX
 from paxattn.page_table.state import SLOT_HEADROOM
 from paxattn.quantized import head_bytes, page_dtype
@@ -76,7 +77,8 @@ def bytes_per_token(
     """Bytes of keys and values that one token takes over all layers.
 
     32 layers, 32 heads of 128 and float16 are 2 * 32 * 32 * 128 * 2 = 524,288 bytes; int8 with its
-    scales takes 2 * 32 * 32 * (128 + 2) = 266,240.
+    scales takes 2 * 32 * 32 * (128 + 2) = 266,240. For a TPU, an odd number of heads of 64 counts
+    as one more, see `kv_cache`.
     """
     for name, size in (
         ("num_layers", num_layers),
@@ -84,8 +86,9 @@ def bytes_per_token(
         ("head_dim", head_dim),
     ):
         _at_least(1, name, size)
-    per_head = head_bytes(int(head_dim), page_dtype(dtype))
-    return 2 * int(num_layers) * int(num_kv_heads) * per_head
+    together = heads_in_a_row(int(head_dim))
+    heads = -(-int(num_kv_heads) // together) * together
+    return 2 * int(num_layers) * heads * head_bytes(int(head_dim), page_dtype(dtype))
 
 
 def table_bytes(*, num_pages: int, max_seqs: int, max_pages_per_seq: int) -> int:

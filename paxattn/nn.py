@@ -69,6 +69,7 @@ def attend(
         max_q_len=batch.max_q_len,
         ancestors=batch.ancestors,
         shared=batch.shared,
+        num_kv_heads=cache.num_kv_heads,
         **options,
     )
     return out.astype(q.dtype), cache
@@ -103,6 +104,7 @@ def schedule_attention(
         layer=0,
         max_q_len=batch.max_q_len,
         ancestors=batch.ancestors,
+        num_kv_heads=cache.num_kv_heads,
         **options,
     )
 

@@ -77,7 +77,8 @@ class Case:
 class Inputs:
     """A case's arrays (NumPy), and `owned`: bool[N, P], the slots that hold a row's token.
 
-    `exact` are K and V before they were quantised, if they were.
+    `exact` are K and V before they were quantised, if they were; `num_kv_heads` is given where
+    pages hold heads in pairs.
     """
 
     case: Case
@@ -92,6 +93,7 @@ class Inputs:
     k_scales: np.ndarray | None = None
     v_scales: np.ndarray | None = None
     exact: tuple[np.ndarray, np.ndarray] | None = None
+    num_kv_heads: int | None = None
 
     @property
     def layer(self) -> int | None:
@@ -112,6 +114,7 @@ class Inputs:
             sliding_window=self.case.window,
             soft_cap=self.case.soft_cap,
             sinks=self.sinks,
+            **({} if self.num_kv_heads is None else dict(num_kv_heads=self.num_kv_heads)),
         )
 
 
@@ -183,6 +186,26 @@ def rounded(inputs: Inputs) -> Inputs:
 
     k, v = restore(inputs.k_pages, inputs.k_scales), restore(inputs.v_pages, inputs.v_scales)
     return dataclasses.replace(inputs, k_pages=k, v_pages=v, k_scales=None, v_scales=None)
+
+
+def paired(inputs: Inputs) -> Inputs:
+    """The same with heads of 64 side by side in pairs; zeros beside the last of an odd number."""
+
+    def pair(pages: np.ndarray, axis: int = -3) -> np.ndarray:
+        odd = [(0, 0)] * pages.ndim
+        odd[axis] = (0, pages.shape[axis] % 2)
+        pages = np.pad(pages, odd)
+        if axis == -2:  # scales
+            return pages
+        *outer, heads, size, dim = pages.shape
+        pages = pages.reshape(*outer, heads // 2, 2, size, dim)
+        return np.moveaxis(pages, -3, -2).reshape(*outer, heads // 2, size, 2 * dim)
+
+    scales = (None if x is None else pair(x, -2) for x in (inputs.k_scales, inputs.v_scales))
+    return dataclasses.replace(
+        inputs, k_pages=pair(inputs.k_pages), v_pages=pair(inputs.v_pages), k_scales=next(scales),
+        v_scales=next(scales), num_kv_heads=inputs.case.heads[1],
+    )  # fmt: skip
 
 
 def leave_behind(inputs: Inputs) -> Inputs:

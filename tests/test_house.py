@@ -14,6 +14,7 @@ ROOMS = [
     "page_table",
     "prefix_cache",
     "quantized",
+    "target",
     "kv_cache",
     "pool",
     "shared_prefix",

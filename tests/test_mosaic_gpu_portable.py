@@ -26,7 +26,7 @@ from paxattn.attention.mosaic_gpu.portable import cards, fold, ring
 from paxattn.attention.mosaic_gpu.portable import config as portable
 from paxattn.attention.mosaic_gpu.prefill_config import Config as PrefillConfig
 from paxattn.attention.mosaic_gpu.prefill_work import Walk
-from paxattn.attention.target import Target
+from paxattn.target import Target
 
 pytestmark = pytest.mark.timeout(240)
 CARDS = {"tma": cards.card_of("NVIDIA B200"), "cp.async": cards.card_of("NVIDIA A100-SXM4-80GB")}

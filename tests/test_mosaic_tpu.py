@@ -36,13 +36,16 @@ def building_for(device_kind):
 
 def on_tpu(
     *, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, page_dtype=None, tokens=8,
-    **more,
+    together=1, **more,
 ):  # fmt: skip
     """A step for 8 rows, as shapes."""
     shape = jax.ShapeDtypeStruct
-    pages = shape((2, 100, heads[1], page_size, head_dim), page_dtype or dtype)
+    rows = -(-heads[1] // together)
+    pages = shape((2, 100, rows, page_size, together * head_dim), page_dtype or dtype)
     if page_dtype is not None:
-        more |= dict.fromkeys(("k_scales", "v_scales"), shape(pages.shape[:-1], jnp.bfloat16))
+        scales = shape((2, 100, rows * together, page_size), jnp.bfloat16)
+        more |= dict.fromkeys(("k_scales", "v_scales"), scales)
+    more |= dict(num_kv_heads=heads[1])
     return dict(
         q=shape((tokens, heads[0], head_dim), dtype), k_pages=pages, v_pages=pages,
         block_tables=shape((8, 40), jnp.int32), kv_lens=shape((8,), jnp.int32),
@@ -55,16 +58,17 @@ def on_tpu(
     [
         (dict(), "tiles of 1 queries"),
         (dict(dtype=jnp.float32, page_size=256, head_dim=256), "tiles of 1 queries"),
-        (dict(head_dim=64, page_size=128, max_q_len=5), "tiles of 5 queries"),
+        (dict(head_dim=64, together=2, max_q_len=5), "tiles of 5 queries"),
+        (dict(head_dim=64, together=2, heads=(9, 3), page_size=128), "tiles of 1 queries"),
         (dict(tokens=200, max_q_len=100), "tiles of 4 queries and of 64"),
-        (dict(page_dtype=jnp.int8, page_size=128, head_dim=64), "tiles of 1 queries"),
+        (dict(page_dtype=jnp.int8, head_dim=64, together=2), "tiles of 1 queries"),
         (dict(page_dtype=jnp.float8_e4m3fn, page_size=256, max_q_len=5), "tiles of 5 queries"),
         (dict(page_dtype=jnp.int8, page_size=48), "page_size=48 of int8 pages is not one of"),
         (dict(dtype=jnp.float16), "dtype float16 is not one that TPUs compute with"),
         (dict(head_dim=80), "head_dim=80 is not one of (64, 128, 256)"),
         (dict(page_size=8), "page_size=8 is not a multiple of 16"),
-        (dict(head_dim=64), "page_size=16 must be 128 or 256"),
-        (dict(heads=(32, 1)), "32 query heads per KV head are more than 16"),
+        (dict(head_dim=64), "use a KVCache made for a TPU (init_kv_cache)"),
+        (dict(heads=(33, 1)), "33 query heads per KV head (or pair of them) are more than 32"),
         (dict(ancestors=jax.ShapeDtypeStruct((8,), jnp.uint32)), "no ancestor masks"),
         (
             dict(page_size=8192, head_dim=256, dtype=jnp.float32),
@@ -82,7 +86,7 @@ def test_the_choice_for_tpus(changes, reason, kind):
         assert reason in told.reasons[0][1]
         assert told.implementation == ("mosaic_tpu" if "tiles" in reason else "reference")
         if "tiles" in reason:
-            static = {"max_q_len": given.pop("max_q_len")}
+            static = {name: given.pop(name) for name in ("max_q_len", "num_kv_heads")}
             o, lse = jax.eval_shape(
                 lambda given: paged_attention(**given, **static, return_lse=True), given
             )
@@ -104,11 +108,10 @@ def test_blocks_fit_the_vector_memory():
     for kv_heads in (1, 2, 8, 12, 32):
         for block_q, group in ((1, 1), (1, 16), (4, 4), (256, 1), (16, 16), (48, 5)):
             for head_dim, page_size, page_dtype in (
-                (64, 128, None),
                 (128, 16, None),
                 (128, 48, None),
                 (256, 256, None),
-                (64, 128, "int8"),
+                (128, 16, "int8"),
                 (256, 256, "float8_e4m3fn"),
             ):
                 shape = dict(
@@ -157,14 +160,10 @@ def test_tiles_cover_every_token_once_and_read_what_it_sees(max_q_len, window):
 
 def served(case):
     """The case, changed as little as lets the kernel serve it."""
-    page_size = -(-case.page_size // 16) * 16
-    if case.head_dim == 64 and page_size % 128:
-        page_size = 128 if case.soft_cap is None else 16
-    small = case.head_dim <= 64 and page_size % 128 == 0
     return dataclasses.replace(
         case,
-        page_size=page_size,
-        head_dim=64 if small else 256 if case.head_dim > 128 else 128,
+        page_size=-(-case.page_size // 16) * 16,
+        head_dim=next(size for size in (64, 128, 256) if size >= case.head_dim),
         dtype="bfloat16" if case.dtype == "float16" else case.dtype,
     )
 
@@ -184,6 +183,18 @@ CASES = (
         q_lens=(1, 3), kv_lens=(90, 40), **BF16, heads=(4, 2), head_dim=128, layers=2,
         page_dtype="int8",
     ),
+    # (heads of 64 in pairs, an odd number of them)
+    Case(
+        q_lens=(1, 20, 2), kv_lens=(130, 90, 70), **BF16, heads=(9, 3), layers=2, sinks=True,
+        window=77,
+    ),
+    Case(
+        q_lens=(1, 2), kv_lens=(190, 140), **BF16, heads=(6, 3), layers=2, page_size=64,
+        page_dtype="int8",
+    ),
+    # (the largest groups)
+    Case(q_lens=(1, 10), kv_lens=(90, 40), **BF16, heads=(32, 1), head_dim=128),
+    Case(q_lens=(1, 3), kv_lens=(90, 40), heads=(32, 2), page_dtype="float8_e4m3fn"),
     # (block tables of several pieces, the window's first page in a later one)
     Case(q_lens=(1, 1), kv_lens=(2200, 2100), **BF16, heads=(2, 1), head_dim=128, window=60),
 )  # fmt: skip

@@ -33,7 +33,9 @@ def op(
     """The public op for batches of up to `tokens` new tokens per row, and its arguments."""
     shape = jax.ShapeDtypeStruct
     num_pages = N if page_dtype is None else SCALES // 2 // heads[1] // page_size
-    pages = shape((L, num_pages, heads[1], page_size, head_dim), page_dtype or dtype)
+    together = 2 if head_dim == kv_cache.PAIRED_HEAD_DIM else 1
+    rows = -(-heads[1] // together)
+    pages = shape((L, num_pages, rows, page_size, together * head_dim), page_dtype or dtype)
     given = dict(
         q=shape((max(tokens, R), heads[0], head_dim), dtype),
         k_pages=pages,
@@ -44,18 +46,55 @@ def op(
         layer=shape((), jnp.int32),
     )
     if page_dtype is not None:
-        given |= dict.fromkeys(("k_scales", "v_scales"), shape(pages.shape[:-1], jnp.bfloat16))
+        scales = shape((L, num_pages, rows * together, page_size), jnp.bfloat16)
+        given |= dict.fromkeys(("k_scales", "v_scales"), scales)
     if window:
         given["sliding_window"] = shape((), jnp.int32)
     if sinks:
         given["sinks"] = shape((heads[0],), jnp.float32)
-    static |= dict(max_q_len=tokens, return_lse=True, implementation="mosaic_tpu")
+    static |= dict(num_kv_heads=heads[1], max_q_len=tokens, return_lse=True)
+    static |= dict(implementation="mosaic_tpu")
     return lambda given: paged_attention(**given, **static), (given,)
 
 
+def layer_step(*, heads, page_size, page_dtype):
+    """A layer writes a token of each row, and attends; heads of 64, the pool is donated."""
+
+    def run(cache, q, k, slots, batch):
+        cache = kv_cache.write(cache, 1, slots, k, k)
+        static = dict(num_kv_heads=cache.num_kv_heads, max_q_len=1, implementation="mosaic_tpu")
+        scales = dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
+        o = paged_attention(
+            q, cache.k_pages, cache.v_pages, layer=1, **(scales if page_dtype else {}), **batch,
+            **static,
+        )  # fmt: skip
+        return cache, o
+
+    shape, rows = jax.ShapeDtypeStruct, -(-heads[1] // 2)
+    pages = shape((L, WRITTEN, rows, page_size, 128), page_dtype or jnp.bfloat16)
+    scales = shape((L, WRITTEN, 2 * rows, page_size), jnp.bfloat16) if page_dtype else None
+    cache = kv_cache.KVCache(
+        k_pages=pages, v_pages=pages, k_scales=scales, v_scales=scales, heads_per_row=2,
+        spare_heads=heads[1] % 2,
+    )  # fmt: skip
+    q, k = (shape((R, n, 64), jnp.bfloat16) for n in heads)
+    batch = dict(
+        block_tables=shape((R, M), jnp.int32),
+        kv_lens=shape((R,), jnp.int32),
+        cu_q_lens=shape((R + 1,), jnp.int32),
+    )
+    return jax.jit(run, donate_argnums=0), (cache, q, k, shape((R,), jnp.int32), batch)
+
+
+WRITTEN = 20_000
+WRITES = {
+    "write-k8-p16": dict(heads=(32, 8), page_size=16, page_dtype=None),
+    "write-k3-p128": dict(heads=(9, 3), page_size=128, page_dtype=None),
+    "write-k8-p128-int8": dict(heads=(32, 8), page_size=128, page_dtype=jnp.int8),
+}
 FEW = {
     "decode": dict(heads=(32, 8), head_dim=128, page_size=16),
-    "decode-d64": dict(heads=(8, 8), head_dim=64, page_size=128, window=True, soft_cap=50.0),
+    "decode-d64": dict(heads=(9, 3), head_dim=64, page_size=16, window=True, soft_cap=50.0),
     "verify-d256": dict(heads=(16, 1), head_dim=256, page_size=256, tokens=4, sinks=True),
     "mixed": dict(heads=(32, 8), head_dim=128, page_size=16, tokens=128, window=True),
     "decode-fp8": dict(heads=(32, 8), head_dim=128, page_size=16, page_dtype=jnp.float8_e4m3fn),
@@ -74,7 +113,6 @@ ALL = {
             (jnp.float32, dict(soft_cap=50.0, sinks=True)),
         ),
     )
-    if head_dim % 128 == 0 or page_size % 128 == 0
 }
 NUMBERS = itertools.cycle(
     itertools.product((jnp.bfloat16, jnp.float32), (jnp.int8, jnp.float8_e4m3fn))
@@ -94,7 +132,6 @@ ALL |= {
         NUMBERS,
         strict=False,
     )
-    if head_dim % 128 == 0 or page_size % 128 == 0
 }  # fmt: skip
 
 ROWS, MAX_PAGES = 256, 8_191
@@ -150,7 +187,9 @@ def decode_step(num_layers, num_pages, page_size, page_dtype):
 
 def program(name):
     """For the process that compiles: `(function, arguments)`."""
-    return decode_step(*STEPS[name]) if name in STEPS else op(**(FEW | ALL)[name])
+    if name in STEPS:
+        return decode_step(*STEPS[name])
+    return layer_step(**WRITES[name]) if name in WRITES else op(**(FEW | ALL)[name])
 
 
 def check_op(name, facts):
@@ -170,6 +209,17 @@ def test_a_few_shapes_compile(generation):
     assert [name for name, _ in found] == list(FEW)
     for (name, _), facts in found.items():
         check_op(name, facts)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_heads_in_pairs_are_written_in_place(generation):
+    found = tpu_compiler.compile_programs("test_mosaic_tpu_compile", list(WRITES), [generation])
+    for (name, _), facts in found.items():
+        heads, page_size, page_dtype = WRITES[name].values()
+        assert facts["kernels"] == ["paged_ragged"]
+        places = L * WRITTEN * (heads[1] + heads[1] % 2) * page_size  # of a token's head
+        assert facts["alias"] >= 2 * places * quantized.head_bytes(64, page_dtype or jnp.bfloat16)
+        assert facts["temp"] < places * 64 // 32
 
 
 @pytest.mark.slow

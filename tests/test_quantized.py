@@ -10,9 +10,9 @@ import pytest
 
 from paxattn import kv_cache, memory, page_table, paged_attention, quantized
 from paxattn.attention import checks, choice
-from paxattn.attention.target import Target
 from paxattn.kv_cache import init_kv_cache
 from paxattn.page_table import PageCopies
+from paxattn.target import Target
 
 L, N, H, P, D = 2, 6, 3, 4, 8
 BOTH = pytest.mark.parametrize("dtype", list(cases.QUANTIZED))

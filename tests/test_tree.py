@@ -14,10 +14,10 @@ from test_speculative import DRAFT, REPEATS
 
 from paxattn import DraftModel, NGram, generate, stream
 from paxattn.attention import checks, choice
-from paxattn.attention.target import Target
 from paxattn.decode_step import Status
 from paxattn.kv_cache import KVCache
 from paxattn.sampling import SamplingParams
+from paxattn.target import Target
 from paxattn.tree import Tree, comb, spine, tree_arrays, walk
 
 

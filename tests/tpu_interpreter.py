@@ -4,6 +4,8 @@ What the interpreter cannot see (tiles, the size of memories) the compile tests 
 a kernel has not written is NaN here, and a copy happens only when it is waited for.
 """
 
+from functools import partial
+
 import attention_cases as cases
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paxattn.attention import checks
 from paxattn.attention.mosaic_tpu import support
-from paxattn.attention.target import Target
+from paxattn.attention.pairs import attend_pairs
+from paxattn.kv_cache import PAIRED_HEAD_DIM
+from paxattn.target import Target
 
 V5E = Target(platform="tpu", device_kind="TPU v5 lite")
 
@@ -39,15 +43,19 @@ def plan_of(request, options):
 
 
 def call(inputs, **changes):
-    """`(o, lse)` of the implementation."""
+    """`(o, lse)` of the implementation, of heads of 64 in pairs."""
+    if inputs.case.head_dim == PAIRED_HEAD_DIM:
+        inputs = cases.paired(inputs)
     request, options = request_of(inputs, **changes)
-    return support.run(
-        *(jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages)),
-        **options,
+    run = partial(
+        support.run,
         plan=plan_of(request, options),
         sm_scale=np.float32(inputs.case.head_dim**-0.5),
         interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
     )
+    if request.paired:
+        run = partial(attend_pairs, run)
+    return run(*(jnp.asarray(x) for x in (inputs.q, inputs.k_pages, inputs.v_pages)), **options)
 
 
 def as_float64(inputs, got):

@@ -12,8 +12,9 @@ import numpy as np
 from paxattn.attention import checks, choice
 from paxattn.attention.cascade import attend_shared
 from paxattn.attention.choice import AttentionSchedule, Explanation, Names
-from paxattn.attention.target import target_of
+from paxattn.attention.pairs import attend_pairs
 from paxattn.shared_prefix import SharedPrefix
+from paxattn.target import target_of
 
 
 def paged_attention(
@@ -35,6 +36,7 @@ def paged_attention(
     v_scales: jax.Array | None = None,
     ancestors: jax.Array | None = None,
     shared: SharedPrefix | None = None,
+    num_kv_heads: int | None = None,
     implementation: Names = None,
     return_lse: bool = False,
     fixed_split: int | None = None,
@@ -54,7 +56,8 @@ def paged_attention(
     Args:
         q: [T, Hq, D], f32, bf16 or f16.
         k_pages: [N, Hkv, P, D], or [L, N, Hkv, P, D] together with `layer`; q's dtype, or
-            float8_e4m3fn or int8 together with scales.
+            float8_e4m3fn or int8 together with scales. Heads of 64 may lie in pairs, as `kv_cache`
+            has them on TPUs: [N, ceil(Hkv / 2), P, 128], together with `num_kv_heads`.
         v_pages: same.
         block_tables: i32[R, M]; entries that are no page hold N.
         kv_lens: i32[R], tokens stored, the new ones included.
@@ -68,8 +71,8 @@ def paged_attention(
             that scanned layers may differ), where a value that is not positive means no window.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         sinks: f32[Hq], one more logit per head in the softmax's denominator.
-        k_scales: bf16, the shape of `k_pages` without D: what the numbers of quantised pages are
-            multiplied by, see `quantized`.
+        k_scales: bf16, the shape of `k_pages` without D (and with a place for each head of a pair):
+            what the numbers of quantised pages are multiplied by, see `quantized`.
         v_scales: same, of `v_pages`.
         ancestors: u32[T], for new tokens that form a tree (of guesses) rather than a chain: bit `j`
             says that the token sees its row's new token `j`, itself included, parents before
@@ -78,6 +81,8 @@ def paged_attention(
         shared: of this batch, from `shared_prefix.find_shared_prefix`: what rows share is read once
             for all of them where that pays, with the same results up to rounding (by the reference,
             and without `fixed_split`; a GPU's plan is for whole rows).
+        num_kv_heads: Hkv (of a `KVCache`: `cache.num_kv_heads`). None: as many as pages hold, if
+            they do not hold them in pairs.
         implementation: a name, names to try in order, or None for the target's best.
         return_lse: also return the log-sum-exp of the scores (the sink included).
         fixed_split: tokens, a multiple of 64: cut every row's tokens at its multiples, so that no
@@ -111,7 +116,7 @@ def paged_attention(
         block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, layer=layer,
         max_q_len=max_q_len, sm_scale=sm_scale, causal=causal, sliding_window=sliding_window,
         soft_cap=soft_cap, sinks=sinks, k_scales=k_scales, v_scales=v_scales, ancestors=ancestors,
-        return_lse=return_lse,
+        num_kv_heads=num_kv_heads, return_lse=return_lse,
     )  # fmt: skip
     sliding_window = _typed(sliding_window, np.int32)
     if schedule is None:
@@ -129,7 +134,7 @@ def paged_attention(
         kv_lens=kv_lens,
         cu_q_lens=cu_q_lens,
         layer=_typed(layer, np.int32),
-        sm_scale=_typed(request.head_dim**-0.5 if sm_scale is None else sm_scale, np.float32),
+        sm_scale=_typed(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, np.float32),
         sliding_window=sliding_window,
         sinks=sinks,
         max_q_len=request.max_q_len,
@@ -140,6 +145,8 @@ def paged_attention(
     rare = dict(ancestors=ancestors, k_scales=k_scales, v_scales=v_scales)
     options |= {name: x for name, x in rare.items() if x is not None}
     run = partial(choice.run, schedule)
+    if request.paired and num_kv_heads is not None:  # (it was checked to be)
+        run = partial(attend_pairs, run, num_kv_heads=num_kv_heads)
     # A plan that was made for this batch serves no other, and what rows share is not fixed.
     if shared is not None and schedule.plan is None and schedule.fixed_split is None:
         o, lse = attend_shared(run, q, k_pages, v_pages, shared=shared, **options)
@@ -167,6 +174,7 @@ def paged_attention_decode(
     sinks: jax.Array | None = None,
     k_scales: jax.Array | None = None,
     v_scales: jax.Array | None = None,
+    num_kv_heads: int | None = None,
     implementation: Names = None,
     return_lse: bool = False,
     fixed_split: int | None = None,
@@ -188,6 +196,7 @@ def paged_attention_decode(
         sinks: same.
         k_scales: same.
         v_scales: same.
+        num_kv_heads: same.
         implementation: same.
         return_lse: same.
         fixed_split: same.
@@ -217,6 +226,7 @@ def paged_attention_decode(
         sinks=sinks,
         k_scales=k_scales,
         v_scales=v_scales,
+        num_kv_heads=num_kv_heads,
         implementation=implementation,
         return_lse=return_lse,
         fixed_split=fixed_split,

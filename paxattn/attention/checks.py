@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from paxattn.kv_cache import PAIRED_HEAD_DIM
 from paxattn.quantized import SCALE_DTYPE, is_quantized
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -26,8 +27,8 @@ class Request:
         num_tokens: T, places in the ragged batch.
         num_rows: R.
         num_q_heads: Hq.
-        num_kv_heads: Hkv.
-        head_dim: D.
+        num_kv_heads: Hkv, or pairs of them.
+        head_dim: D, or that of a pair together.
         page_size: P, tokens.
         num_pages: N, per layer.
         max_pages_per_seq: M.
@@ -41,6 +42,8 @@ class Request:
         return_lse: whether the log-sum-exp is wanted.
         ancestors: whether new tokens form trees.
         page_dtype: of quantised pages, which have scales; None: pages hold floats as they are.
+        paired: whether KV heads lie side by side in pairs, see `pairs`; only scales tell them
+            apart.
     """
 
     num_tokens: int
@@ -61,6 +64,7 @@ class Request:
     return_lse: bool
     ancestors: bool = False
     page_dtype: str | None = None
+    paired: bool = False
 
 
 def check(
@@ -82,6 +86,7 @@ def check(
     v_scales: Any = None,
     ancestors: Any = None,
     shared: Any = None,
+    num_kv_heads: int | None = None,
     return_lse: bool = False,
 ) -> Request:
     """Validates the arguments of `paged_attention` and returns what is static about them.
@@ -104,6 +109,7 @@ def check(
         v_scales: same.
         ancestors: same.
         shared: same; any batch may be served without.
+        num_kv_heads: same.
         return_lse: same.
 
     Returns:
@@ -113,8 +119,10 @@ def check(
         ValueError: a shape or a value does not fit.
         TypeError: a dtype or a type does not fit.
     """
-    num_tokens, num_q_heads, head_dim = _check_q(q)
-    num_layers, num_pages, num_kv_heads, page_size = _check_pages(q, k_pages, v_pages, layer)
+    num_tokens, num_q_heads, _ = _check_q(q)
+    num_layers, num_pages, rows, page_size = _check_pages(q, k_pages, v_pages, layer)
+    paired = k_pages.shape[-1] != q.shape[-1]
+    num_kv_heads = _check_heads(k_pages, num_kv_heads, 2 * rows if paired else rows, paired)
     quantized = _check_scales(q, k_pages, v_pages, k_scales, v_scales)
     if num_q_heads % num_kv_heads:
         raise ValueError(
@@ -136,9 +144,9 @@ def check(
     return Request(
         num_tokens=num_tokens,
         num_rows=num_rows,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_q_heads=2 * rows * (num_q_heads // num_kv_heads) if paired else num_q_heads,
+        num_kv_heads=rows,
+        head_dim=k_pages.shape[-1],
         page_size=page_size,
         num_pages=num_pages,
         max_pages_per_seq=max_pages,
@@ -152,6 +160,7 @@ def check(
         return_lse=return_lse,
         ancestors=ancestors is not None,
         page_dtype=str(np.dtype(k_pages.dtype)) if quantized else None,
+        paired=paired,
     )
 
 
@@ -213,7 +222,7 @@ def _check_q(q: Any) -> tuple[int, int, int]:
 def _check_pages(
     q: Any, k_pages: Any, v_pages: Any, layer: Any
 ) -> tuple[int | None, int, int, int]:
-    """Returns num_layers (None for pages of one layer), num_pages, num_kv_heads, page_size."""
+    """Returns num_layers (None for pages of one layer), num_pages, heads or pairs, page_size."""
     _array("k_pages", k_pages)
     _array("v_pages", v_pages)
     shape = tuple(k_pages.shape)
@@ -233,10 +242,23 @@ def _check_pages(
         raise ValueError(
             f"{k_pages.shape=} holds the pages of {shape[0]} layers: say which with layer="
         )
-    if shape[-1] != q.shape[-1]:
+    pair = 2 * PAIRED_HEAD_DIM
+    if shape[-1] != q.shape[-1] and (q.shape[-1], shape[-1]) != (PAIRED_HEAD_DIM, pair):
         raise ValueError(f"head_dim of {q.shape=} and of {k_pages.shape=} must be equal")
-    num_pages, num_kv_heads, page_size, _ = shape[-4:]
-    return shape[0] if len(shape) == 5 else None, num_pages, num_kv_heads, page_size
+    num_pages, rows, page_size, _ = shape[-4:]
+    return shape[0] if len(shape) == 5 else None, num_pages, rows, page_size
+
+
+def _check_heads(k_pages: Any, num_kv_heads: int | None, held: int, paired: bool) -> int:
+    """Returns how many KV heads there are: as many as pages hold, or one less of pairs."""
+    if num_kv_heads is None and paired:
+        raise ValueError(
+            f"{k_pages.shape=} holds heads of {PAIRED_HEAD_DIM} in pairs, the last of which may "
+            "have one only: say how many with num_kv_heads= (of a KVCache: cache.num_kv_heads)"
+        )
+    if num_kv_heads is None or num_kv_heads == held or (paired and num_kv_heads == held - 1):
+        return held if num_kv_heads is None else num_kv_heads
+    raise ValueError(f"{num_kv_heads=} must be {held}, the heads of {k_pages.shape=}")
 
 
 def _check_scales(q: Any, k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any) -> bool:
@@ -265,10 +287,12 @@ def _check_scales(q: Any, k_pages: Any, v_pages: Any, k_scales: Any, v_scales: A
                 f"{side}_scales= (of a KVCache: cache.{side}_scales)"
             )
         _array(f"{side}_scales", scales)
-        if tuple(scales.shape) != tuple(pages.shape[:-1]):
+        *outer, rows, page_size, size = pages.shape
+        expected = (*outer, rows * (size // q.shape[-1]), page_size)
+        if tuple(scales.shape) != expected:
             raise ValueError(
-                f"{side}_scales has shape {tuple(scales.shape)}, must be "
-                f"{tuple(pages.shape[:-1])}: one for each token and head of {side}_pages"
+                f"{side}_scales has shape {tuple(scales.shape)}, must be {expected}: one for each "
+                f"token and head of {side}_pages"
             )
         if scales.dtype != SCALE_DTYPE:
             raise TypeError(

@@ -21,7 +21,7 @@ from paxattn.attention import reference
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu import support as mosaic_gpu
 from paxattn.attention.mosaic_tpu import support as mosaic_tpu
-from paxattn.attention.target import Target, target_of
+from paxattn.target import Target, target_of
 
 Names = str | Sequence[str] | None
 

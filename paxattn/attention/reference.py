@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from paxattn.attention import cut
 from paxattn.attention.cut import Batch, Config, default_config
-from paxattn.attention.target import target_of
 from paxattn.attention.tiles import attend_tiles, attend_tiles_backward
 from paxattn.attention.walk import Masking
 from paxattn.page_table.pages import varying_like
+from paxattn.target import target_of
 
 
 def run(

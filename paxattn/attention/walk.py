@@ -165,9 +165,18 @@ def _gather(pool: jax.Array, layer: jax.Array, ids: jax.Array, held: jax.Array) 
 def _load(
     pages: jax.Array, scales: jax.Array | None, layer: jax.Array, ids: jax.Array, held: jax.Array
 ) -> jax.Array:
-    """Reads a block of K or V, f32[B, K, S, D]: of quantised pages what the numbers stand for."""
+    """Reads a block of K or V, f32[B, K, S, D]: of quantised pages what the numbers stand for.
+
+    Scales are [L, N, K, P], or [L, N, 2 K, P] if each half of D has its own.
+    """
     block = _gather(pages, layer, ids, held)
-    return block if scales is None else block * _gather(scales, layer, ids, held)[..., None]
+    if scales is None:
+        return block
+    batch, heads, tokens, _ = block.shape
+    factors = _gather(scales, layer, ids, held).reshape(batch, heads, -1, tokens, 1)
+    factors = jnp.moveaxis(factors, 2, 3)
+    parts = block.reshape(batch, heads, tokens, factors.shape[3], -1)
+    return (parts * factors).reshape(block.shape)
 
 
 def dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:

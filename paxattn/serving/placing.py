@@ -51,7 +51,8 @@ def _mesh(model: Any) -> tuple[Mesh, tuple[str, ...]] | None:
 
 def _shardings(state: ServeState, mesh: Mesh, axes: tuple[str, ...]) -> ServeState:
     """A sharding for each of the state's arrays."""
-    even = state.pool.cache.num_kv_heads % math.prod(mesh.shape[axis] for axis in axes) == 0
+    rows = state.pool.cache.k_pages.shape[2]  # (heads that lie side by side stay together)
+    even = rows % math.prod(mesh.shape[axis] for axis in axes) == 0
     split = NamedSharding(mesh, PartitionSpec(None, None, axes if even else None))
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: everywhere, state)

@@ -88,11 +88,11 @@ def load_state(path: str | os.PathLike, model: Any, state: ServeState) -> tuple[
             raise
         raise SnapshotError(f"{path}: missing or damaged: {error}") from None
     held = np.flatnonzero(arrays[".pool.table.ref_counts"])
-    cache = {
+    cache: dict[str, Any] = {
         name.rsplit(".", 1)[1]: _filled(pages, held, arrays.pop(name))
         for name, pages in _pages(state.pool.cache).items()
     }
-    state = replace(state, pool=replace(state.pool, cache=KVCache(**cache)))
+    state = replace(state, pool=replace(state.pool, cache=replace(state.pool.cache, **cache)))
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     restored = [
         jnp.asarray(arrays[jax.tree_util.keystr(place)].view(leaf.dtype))
@@ -154,6 +154,7 @@ def _same(model: Any, state: ServeState) -> dict[str, Any]:
         "layers": cache.num_layers,
         "kv_heads": cache.num_kv_heads,
         "head_dim": cache.head_dim,
+        "heads_per_row": cache.heads_per_row,
         "dtype": cache.k_pages.dtype.name,
         "window": state.window,
         "weights": f"{int(_checksum(model)):08x}",

@@ -19,7 +19,7 @@ from paxattn.attention.mosaic_gpu.portable import cards
 from paxattn.attention.mosaic_gpu.portable import config as portable
 from paxattn.attention.mosaic_gpu.portable.cards import Card
 from paxattn.attention.native import launch
-from paxattn.attention.target import Target
+from paxattn.target import Target
 
 if TYPE_CHECKING:
     from paxattn.attention.mosaic_gpu.plan import Plan
@@ -47,6 +47,8 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
         )
+    if request.paired:
+        raise NotImplementedError("its kernels know no KV heads that lie side by side in pairs")
     if request.head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"head_dim={request.head_dim} is not one of {HEAD_DIMS}")
     if request.page_dtype is not None and jax.__version_info__ < (0, 11):

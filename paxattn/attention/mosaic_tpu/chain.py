@@ -81,11 +81,10 @@ class Chain:
             # (a wait only looks at sizes)
             page_id = scratch.page_ids[slot, 0, page % LANES] if start else 0
             tokens = pl.ds(pl.multiple_of((page - begin) * size, size), size)
-            to = (slice(None), tokens) if self.shape.across else (tokens, slice(None))
             here = given.layer[0], page_id, of_heads
             copies = [
-                (hbm.k_pages.at[here], scratch.k.at[slot, :, *to], scratch.k_arrived),
-                (hbm.v_pages.at[here], scratch.v.at[slot, :, *to], scratch.v_arrived),
+                (hbm.k_pages.at[here], scratch.k.at[slot, :, tokens], scratch.k_arrived),
+                (hbm.v_pages.at[here], scratch.v.at[slot, :, tokens], scratch.v_arrived),
             ]
             if self.shape.quantized:  # (a semaphore counts bytes, whatever they are)
                 there = self._scales_of(page_id, at.head_block)
@@ -112,7 +111,8 @@ class Chain:
         shape = self.shape
         layer = self.given.layer[0] if self.hbm.k_scales.shape[0] > 1 else 0
         line = page_id % self.hbm.k_scales.shape[1]
-        if shape.scale_heads == shape.num_kv_heads:
+        if shape.fetched_scales == shape.num_scales:
             return layer, line
-        first = head_block * shape.config.block_heads // shape.scale_heads * shape.scale_heads
-        return layer, line, pl.ds(pl.multiple_of(first, 8), shape.scale_heads)
+        first = head_block * shape.config.block_heads * shape.scales_per_head
+        first = first // shape.fetched_scales * shape.fetched_scales
+        return layer, line, pl.ds(pl.multiple_of(first, 8), shape.fetched_scales)

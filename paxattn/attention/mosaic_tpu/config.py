@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from paxattn.quantized import SCALE_DTYPE
 
 DTYPES = ("bfloat16", "float32")
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (128, 256)  # or 64, in pairs of heads
 QUANTIZED_PAGE_SIZES = (16, 32, 64, 128, 256)
-MAX_GROUP = 16
+MAX_GROUP = 32
 LANES = 128  # a vector register is [8, 128] 32-bit numbers; smaller last axes are padded to 128
 CHUNK = 128  # packed query rows that are worked on together
 _PACKED_ROWS = 256  # of a tile of many queries: as many as keep the matrix unit busy
@@ -60,28 +60,20 @@ def long_block_q(group: int) -> int:
     return max(_PACKED_ROWS // group // 16, 1) * 16
 
 
-def lie_across(head_dim: int, page_size: int) -> bool:
-    """Whether XLA stores a page of one head as [D, P] on a TPU: where only P fills the lanes.
-
-    A kernel that asked for the other order would have the whole pool copied.
-    """
-    return head_dim % LANES != 0 and page_size % LANES == 0
-
-
-def scales_lie_ready(num_kv_heads: int, page_size: int) -> bool:
-    """Whether XLA stores scales [L, N, H, P] in that order on a TPU, as the kernel reads them.
+def scales_lie_ready(num_scales: int, page_size: int) -> bool:
+    """Whether XLA stores scales [L, N, `num_scales`, P] in that order on a TPU, as the kernel does.
 
     Where pages do not fill the lanes, or heads the rows of a register (there are small ones, too),
     it puts pages there.
     """
-    return page_size % LANES == 0 and (num_kv_heads in (2, 4) or num_kv_heads % 8 == 0)
+    return page_size % LANES == 0 and (num_scales in (2, 4) or num_scales % 8 == 0)
 
 
-def scale_heads(block_heads: int, num_kv_heads: int) -> int:
-    """Heads whose scales are fetched for `block_heads` that are worked on: whole registers of 8."""
-    if num_kv_heads % 8 == 0 and block_heads % 8 == 0:
-        return block_heads
-    return 8 if num_kv_heads % 8 == 0 and 8 % block_heads == 0 else num_kv_heads
+def fetched_scales(wanted: int, num_scales: int) -> int:
+    """Scales that are fetched for a token, of `num_scales`, where `wanted` are: registers of 8."""
+    if num_scales % 8 == 0 and wanted % 8 == 0:
+        return wanted
+    return 8 if num_scales % 8 == 0 and 8 % wanted == 0 else num_scales
 
 
 def packed_rows(block_q: int, group: int) -> int:
@@ -99,6 +91,7 @@ def choose(
     page_size: int,
     dtype: str,
     page_dtype: str | None = None,
+    scales_per_head: int = 1,
 ) -> Config:
     """Chooses the largest blocks that fit the vector memory: tokens first, then heads.
 
@@ -112,6 +105,7 @@ def choose(
         page_size: P.
         dtype: of queries, and of pages that are not quantised.
         page_dtype: of quantised pages, or None.
+        scales_per_head: of those, for a token: 2 of a pair of heads that lie side by side.
 
     Returns:
         The config.
@@ -134,6 +128,7 @@ def choose(
                 page_size=page_size,
                 dtype=dtype,
                 page_dtype=page_dtype,
+                scales_per_head=scales_per_head,
             )
             if size <= _VMEM_BYTES:
                 return config
@@ -152,6 +147,7 @@ def vmem_bytes(
     page_size: int,
     dtype: str,
     page_dtype: str | None = None,
+    scales_per_head: int = 1,
 ) -> int:
     """Bytes of vector memory that a launch's arrays take, about.
 
@@ -162,21 +158,21 @@ def vmem_bytes(
         page_size: P.
         dtype: of queries, and of pages that are not quantised.
         page_dtype: of quantised pages, or None.
+        scales_per_head: see `choose`.
 
     Returns:
         The sum over K and V, queries and results (each twice), accumulators and scores; and of
         quantised pages the scales, and a head's K and V as they are computed in.
     """
-    itemsize, dim = jnp.dtype(dtype).itemsize, -(-head_dim // LANES) * LANES
-    tokens = config.block_pages * page_size
-    block = tokens * (head_dim if lie_across(head_dim, page_size) else dim)
+    itemsize, tokens = jnp.dtype(dtype).itemsize, config.block_pages * page_size
+    block = tokens * head_dim
     kv = 2 * 2 * config.block_heads * block * jnp.dtype(page_dtype or dtype).itemsize
     if page_dtype is not None:
-        rows_of_scales = -(-max(config.block_heads, 8) // 8) * 8
+        rows_of_scales = -(-config.block_heads * scales_per_head // 8) * 8
         staged = config.block_pages * max(page_size, LANES)
         kv += 2 * rows_of_scales * (2 * staged * SCALE_DTYPE.itemsize + max(tokens, LANES) * 4)
         kv += 2 * block * itemsize
-    queries = 2 * config.block_heads * rows * dim * (itemsize + 4)
-    accumulators = config.block_heads * rows * (dim + 2 * LANES) * 4
+    queries = 2 * config.block_heads * rows * head_dim * (itemsize + 4)
+    accumulators = config.block_heads * rows * (head_dim + 2 * LANES) * 4
     scores = 3 * min(rows, CHUNK) * (-(-tokens // LANES) * LANES) * 4
     return kv + queries + accumulators + scores

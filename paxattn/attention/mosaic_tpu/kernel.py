@@ -18,8 +18,8 @@ Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867; FlashAttentio
 f32 accumulators.
 
 Letters: B tiles, H KV heads, h `block_heads`, Q packed query rows (token-major: row `i * G + g` is
-token `i`'s head `g` of the group), D head_dim, P `page_size`, K tokens of a block; s heads whose
-scales are fetched for h, S lanes of a page's scales.
+token `i`'s head `g` of the group), D head_dim, P `page_size`, K tokens of a block; s scales
+of a token that are fetched for h, S lanes of a page's scales.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def launch(
         k_pages: [L, N, H, P, D].
         v_pages: same.
         page_ids: i32[R, ceil(M / 128), 1, 128].
-        *scales: of the keys and of the values of quantised pages, bf16[L, N, H, P] each; or
-            of this layer only, as `op` lays them out: [1, N, H, P] or [1, Z, H, 128].
+        *scales: of the keys and of the values of quantised pages, bf16[L, N, H, P] each (or 2 H,
+            see `Shape`); or of this layer only, as `op` lays them out: [1, N, H, P] or
+            [1, Z, H, 128].
         tiles: which tokens each tile reads.
         layer: i32[].
         window: i32[]; not positive: none.
@@ -90,8 +91,6 @@ def launch(
         window=window.reshape(1),
         sm_scale=sm_scale.reshape(1),
     )
-    if shape.across:
-        k_pages, v_pages = k_pages.swapaxes(-1, -2), v_pages.swapaxes(-1, -2)
     scratch = _scratch(shape)
     pools = Pools(k_pages, v_pages, page_ids, *scales)
     in_hbm = sum(pool is not None for pool in pools)
@@ -132,10 +131,9 @@ def _scratch(shape: Shape) -> Scratch:
     """The memories that the kernel is given."""
     heads, rows, dim = shape.config.block_heads, shape.rows, shape.head_dim
     tokens = shape.tokens
-    block = (2, heads, dim, tokens) if shape.across else (2, heads, tokens, dim)
     scratch = Scratch(
-        k=pltpu.VMEM(block, shape.page_dtype),
-        v=pltpu.VMEM(block, shape.page_dtype),
+        k=pltpu.VMEM((2, heads, tokens, dim), shape.page_dtype),
+        v=pltpu.VMEM((2, heads, tokens, dim), shape.page_dtype),
         page_ids=pltpu.SMEM((2, 1, LANES), jnp.int32),
         acc=pltpu.VMEM((heads, rows, dim), jnp.float32),
         top=pltpu.VMEM((heads, rows, LANES), jnp.float32),
@@ -147,12 +145,12 @@ def _scratch(shape: Shape) -> Scratch:
     )
     if not shape.quantized:
         return scratch
-    staged = 2, shape.config.block_pages, shape.scale_heads, shape.scale_lanes
+    staged = 2, shape.config.block_pages, shape.fetched_scales, shape.scale_lanes
     return scratch._replace(
         k_scales=pltpu.VMEM(staged, SCALE_DTYPE),
         v_scales=pltpu.VMEM(staged, SCALE_DTYPE),
         lanes=pltpu.SMEM((2, LANES), jnp.int32),
-        scales=pltpu.VMEM((2, shape.scale_heads, max(tokens, LANES)), jnp.float32),
+        scales=pltpu.VMEM((2, shape.fetched_scales, max(tokens, LANES)), jnp.float32),
     )
 
 

@@ -50,7 +50,8 @@ def attend_batch(
         causal: whether a query is blind to later positions.
         soft_cap: on scaled scores, or None.
         plan: for this batch and window.
-        k_scales: [L, N, H, P], or [N, H, P] without `layer`, of quantised pages; or None.
+        k_scales: [L, N, H, P], or [N, H, P] without `layer`, of quantised pages (with 2 H, if each
+            head is a pair of them, see `attention.pairs`); or None.
         v_scales: same.
         interpret: parameters of Pallas' TPU interpreter, or False.
 
@@ -65,7 +66,8 @@ def attend_batch(
         scales = tuple(x[None] for x in scales)
     num_layers, _, heads, page_size, head_dim = k_pages.shape
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
-    if not scales_lie_ready(heads, page_size):
+    num_scales = scales[0].shape[2] if scales else heads
+    if not scales_lie_ready(num_scales, page_size):
         scales = tuple(_laid_out(x, layer) for x in scales)
     # Sinks scale the result once more: round it only after that.
     out_dtype = q.dtype if sinks is None else jnp.float32
@@ -84,6 +86,7 @@ def attend_batch(
             dtype=q.dtype,
             page_dtype=k_pages.dtype,
             out_dtype=out_dtype,
+            scales_per_head=num_scales // heads,
         )
         found = launch(
             _pack(q, tiles, heads),

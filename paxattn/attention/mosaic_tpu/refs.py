@@ -12,9 +12,8 @@ from paxattn.attention.mosaic_tpu.config import (
     CHUNK,
     LANES,
     Config,
-    lie_across,
+    fetched_scales,
     packed_rows,
-    scale_heads,
 )
 
 
@@ -34,6 +33,8 @@ class Shape:
         dtype: of queries, and what pages are computed in.
         page_dtype: of pages: `dtype`, or that of quantised ones, which have scales.
         out_dtype: of the result.
+        scales_per_head: of quantised pages, for a token: 2 where a "head" is a pair of them, side
+            by side in D; the first half of each group of queries is for the first.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Shape:
     dtype: Any
     page_dtype: Any
     out_dtype: Any
+    scales_per_head: int = 1
 
     @property
     def rows(self) -> int:
@@ -69,14 +71,14 @@ class Shape:
         return self.page_dtype != self.dtype
 
     @property
-    def across(self) -> bool:
-        """Whether pages lie as [D, P]: see `config.lie_across`."""
-        return lie_across(self.head_dim, self.page_size)
+    def num_scales(self) -> int:
+        """Scales of a token, of all heads."""
+        return self.num_kv_heads * self.scales_per_head
 
     @property
-    def scale_heads(self) -> int:
-        """Heads whose scales are fetched: the s of `kernel`."""
-        return scale_heads(self.config.block_heads, self.num_kv_heads)
+    def fetched_scales(self) -> int:
+        """Those of them that are fetched: the s of `kernel`."""
+        return fetched_scales(self.config.block_heads * self.scales_per_head, self.num_scales)
 
     @property
     def scale_lanes(self) -> int:
@@ -117,8 +119,7 @@ class Scratch(NamedTuple):
     """Memory of the kernel's own.
 
     Attributes:
-        k: [2, h, K, D], or [2, h, D, K] of pages that lie across: two blocks of keys, one computed,
-            one on its way.
+        k: [2, h, K, D], two blocks of keys: one computed, one on its way.
         v: same.
         page_ids: i32[2, 1, 128] in scalar memory.
         acc: f32[h, Q, D], the result before it is divided by `total`.

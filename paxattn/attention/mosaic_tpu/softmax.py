@@ -40,7 +40,7 @@ class Softmax:
         if not shape.quantized:
             return
         size, width = shape.page_size, shape.scale_lanes
-        lane = lax.broadcasted_iota(jnp.int32, (shape.scale_heads, width), 1)
+        lane = lax.broadcasted_iota(jnp.int32, (shape.fetched_scales, width), 1)
         for page, (i, pool) in itertools.product(
             range(shape.config.block_pages), enumerate((scratch.k_scales, scratch.v_scales))
         ):
@@ -61,8 +61,7 @@ class Softmax:
 
         @pl.when((first < start) | (first + self.shape.tokens > stop))
         def _() -> None:
-            axis = 1 if self.shape.across else 0
-            token = first + lax.broadcasted_iota(jnp.int32, values.shape[2:], axis)
+            token = first + lax.broadcasted_iota(jnp.int32, values.shape[2:], 0)
             read = (token >= start) & (token < stop)
 
             def one_head(head: Any, _: None) -> None:
@@ -88,7 +87,6 @@ class Softmax:
     def attend(self, at: Step, slot: Any, q_ref: Any) -> None:
         """Adds a block of keys and values to the result of all heads, chunk after chunk."""
         scratch, shape = self.scratch, self.shape
-        across = int(shape.across)
 
         def one_chunk(chunk: Any, _: None) -> None:
             first_row = pl.multiple_of(chunk * shape.chunk, shape.chunk)
@@ -97,18 +95,18 @@ class Softmax:
 
             def one_head(head: Any, _: None) -> None:
                 keys = scratch.k[slot, head].astype(shape.dtype)
-                products = _dot(q_ref[head, rows], keys, 1 - across)
+                products = _dot(q_ref[head, rows], keys, 1)
                 if shape.quantized:
-                    products = products * self._scales(0, at, head)
+                    products = products * self._scales(0, at, head, first_row)
                 scores = jnp.where(seen, self._as_exponents(products), HIDDEN)
                 before = scratch.top[head, rows][:, :1]
                 top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
                 weights, fade = jnp.exp2(scores - top), jnp.exp2(before - top)
                 total = fade * scratch.total[head, rows][:, :1] + weights.sum(axis=1, keepdims=True)
                 if shape.quantized:  # (the scale of a token that is not seen may be NaN)
-                    weights = jnp.where(seen, weights * self._scales(1, at, head), 0.0)
+                    weights = jnp.where(seen, weights * self._scales(1, at, head, first_row), 0.0)
                 values = scratch.v[slot, head].astype(shape.dtype)
-                added = _dot(weights.astype(shape.dtype), values, across)
+                added = _dot(weights.astype(shape.dtype), values, 0)
                 scratch.acc[head, rows] = fade * scratch.acc[head, rows] + added
                 scratch.top[head, rows] = jnp.broadcast_to(top, (shape.chunk, LANES))
                 scratch.total[head, rows] = jnp.broadcast_to(total, (shape.chunk, LANES))
@@ -118,11 +116,18 @@ class Softmax:
         live = self.given.lens[at.tile] * shape.group
         lax.fori_loop(0, (live + shape.chunk - 1) // shape.chunk, one_chunk, None)
 
-    def _scales(self, which: int, at: Step, head: Any) -> Any:
-        """A head's scales of a block's keys (0) or values (1): f32[1, K]."""
-        shape = self.shape
-        row = at.head_block * shape.config.block_heads % shape.scale_heads + head
-        return self.scratch.scales[which, pl.ds(row, 1), pl.ds(0, shape.tokens)]
+    def _scales(self, which: int, at: Step, head: Any, first_row: Any) -> Any:
+        """A chunk's scales of a block's keys (0) or values (1): f32[1, K], of a pair [chunk, K]."""
+        shape, pool = self.shape, self.scratch.scales
+        each = shape.scales_per_head
+        place = (at.head_block * shape.config.block_heads * each) % shape.fetched_scales
+        place, tokens = place + head * each, pl.ds(0, shape.tokens)
+        scales = pool[which, pl.ds(place, 1), tokens]
+        if each == 1:
+            return scales
+        rows = first_row + lax.broadcasted_iota(jnp.int32, (shape.chunk, 1), 0)
+        second = rows // (shape.group // 2) % 2 == 1
+        return jnp.where(second, pool[which, pl.ds(place + 1, 1), tokens], scales)
 
     def _each_head(self, body: Any) -> None:
         # Unrolled, the heads' small matrices overlap; large ones fill the units by themselves.

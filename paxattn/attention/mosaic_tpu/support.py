@@ -19,7 +19,8 @@ import jax
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_tpu import config
 from paxattn.attention.native import launch
-from paxattn.attention.target import Target
+from paxattn.kv_cache import PAIRED_HEAD_DIM
+from paxattn.target import Target
 
 if TYPE_CHECKING:
     from paxattn.attention.mosaic_tpu.plan import Plan
@@ -50,16 +51,18 @@ def check(request: Request | None, target: Target) -> str:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that TPUs compute with: {' or '.join(config.DTYPES)}"
         )
+    if request.head_dim == PAIRED_HEAD_DIM:
+        raise NotImplementedError(
+            f"heads of {PAIRED_HEAD_DIM} do not fill a TPU's {config.LANES} lanes, so XLA stores "
+            "such a pool in an order of its own: use a KVCache made for a TPU (init_kv_cache), "
+            "which lays them side by side in pairs"
+        )
     if request.head_dim not in config.HEAD_DIMS:
-        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {config.HEAD_DIMS}")
+        served = PAIRED_HEAD_DIM, *config.HEAD_DIMS
+        raise NotImplementedError(f"head_dim={request.head_dim} is not one of {served}")
     if request.page_size % 16:
         raise NotImplementedError(
             f"page_size={request.page_size} is not a multiple of 16, a tile of 16-bit tokens"
-        )
-    if request.head_dim % config.LANES and request.page_size % config.LANES:
-        raise NotImplementedError(
-            f"pages of head_dim={request.head_dim} do not fill a TPU's 128 lanes, so XLA stores "
-            f"the pool in an order of its own: page_size={request.page_size} must be 128 or 256"
         )
     if request.page_dtype is not None and request.page_size not in config.QUANTIZED_PAGE_SIZES:
         raise NotImplementedError(
@@ -69,8 +72,8 @@ def check(request: Request | None, target: Target) -> str:
     group = request.num_q_heads // request.num_kv_heads
     if group > config.MAX_GROUP:
         raise NotImplementedError(
-            f"{group} query heads per KV head are more than {config.MAX_GROUP}, as far as it is "
-            "tested"
+            f"{group} query heads per KV head (or pair of them) are more than {config.MAX_GROUP}, "
+            "as far as it is tested"
         )
     if request.ancestors:
         raise NotImplementedError("its kernel knows no ancestor masks (trees of new tokens)")
@@ -90,6 +93,7 @@ def _configs(request: Request) -> tuple[config.Config, config.Config | None]:
         page_size=request.page_size,
         dtype=request.dtype,
         page_dtype=request.page_dtype,
+        scales_per_head=2 if request.paired else 1,
     )
     few = config.choose(block_q=short, **common)
     if short == request.max_q_len:
