@@ -104,13 +104,20 @@ def ours(name: str, generation: str) -> dict[str, Any]:
         live = int(tiles.count[0])
         starts, stops = (np.asarray(x)[:live] for x in (tiles.starts, tiles.stops))
         pages = int((-(-stops // P) - starts // P).sum())
-        tokens, turns = tiles.config.block_pages * P, H // tiles.config.block_heads
-        blocks = int((-(-stops // tokens) - starts // tokens).sum()) * turns
+        turns, block = H // tiles.config.block_heads, tiles.config.block_pages
+        pieces = [  # of page ids; blocks that follow each other may have the same
+            (row, first // config.LANES)
+            for row, start, stop in zip(np.asarray(tiles.rows)[:live], starts, stops, strict=True)
+            for _ in range(turns)
+            for first in range(start // P // block * block, -(-stop // P), block)
+        ]
+        ids = sum(here != before for here, before in zip(pieces, [None, *pieces], strict=False))
         rows = config.packed_rows(tiles.config.block_q, G)
         results = live * H * rows * (2 * D * ITEM + 4)
-        moved += pages * P * TOKEN + blocks * config.LANES * 4 + results
         arrays = (tiles.rows, tiles.lens, tiles.positions, tiles.starts, tiles.stops)
-        smem = max(smem, sum(x.size * 4 for x in arrays) + 4 * 4 + 2 * config.LANES * 4)
+        prefetched = sum(x.size * 4 for x in arrays) + 4 * 4
+        moved += pages * P * TOKEN + ids * config.LANES * 4 + results + prefetched
+        smem = max(smem, prefetched + 2 * config.LANES * 4)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     vmem = vmem_of(
         lambda given: paged_attention(**given, **static, implementation="mosaic_tpu"),

@@ -48,38 +48,65 @@ class Chain:
         known = jnp.minimum(tile, self.given.count[0] - 1)
         return Step(tile, head_block, jnp.where(more, at.block + 1, self.first_block(known)))
 
+    def begin(self, at: Step) -> None:
+        """Sends for the pages of the chain's first block."""
+        self.scratch.piece[0] = 0
+        self.ids(at, 0).start()
+        self._send(at, 0, asked=True)
+
     def follow(self, at: Step, slot: Any) -> None:
-        """Sends for the pages of a block, whose ids are on their way, and the ids of the next."""
+        """Sends for the pages of the block after `at`, and the ids of those that follow it."""
+        after = self.after(at)
 
-        @pl.when(at.tile < self.given.count[0])
+        @pl.when(after.tile < self.given.count[0])
         def _() -> None:
-            self.ids(at, slot).wait()
-            self.pages(at, slot, start=True)
-            after = self.after(at)
+            self._send(after, slot, asked=self._turns(at, after))
 
-            @pl.when(after.tile < self.given.count[0])
-            def _() -> None:
-                self.ids(after, 1 - slot).start()
+    def _send(self, at: Step, slot: Any, *, asked: Any) -> None:
+        """Sends for a block's pages, whose ids are here, or on their way if they were `asked` for.
 
-    def ids(self, at: Step, slot: Any) -> Any:
+        Then for the ids of the next block, unless they are in the same piece.
+        """
+        held, after = self.scratch.piece[0], self.after(at)
+
+        @pl.when(asked)
+        def _() -> None:
+            self.ids(at, held).wait()
+
+        self.pages(at, slot, start=True)
+
+        @pl.when((after.tile < self.given.count[0]) & self._turns(at, after))
+        def _() -> None:
+            self.ids(after, 1 - held).start()
+            self.scratch.piece[0] = 1 - held
+
+    def _turns(self, at: Step, after: Step) -> Any:
+        """Whether the next block's page ids are in another piece of the block tables."""
+        known = jnp.minimum(after.tile, self.given.count[0] - 1)
+        moved = self.given.rows[known] != self.given.rows[at.tile]
+        return moved | (self._piece(at) != self._piece(after))
+
+    def _piece(self, at: Step) -> Any:
+        return at.block * self.shape.config.block_pages // LANES
+
+    def ids(self, at: Step, place: Any) -> Any:
         """The copy of the piece of the block tables in which a block's page ids are."""
-        piece = at.block * self.shape.config.block_pages // LANES
         return pltpu.make_async_copy(
-            self.hbm.page_ids.at[self.given.rows[at.tile], piece],
-            self.scratch.page_ids.at[slot],
-            self.scratch.ids_arrived.at[slot],
+            self.hbm.page_ids.at[self.given.rows[at.tile], self._piece(at)],
+            self.scratch.page_ids.at[place],
+            self.scratch.ids_arrived.at[place],
         )
 
     def pages(self, at: Step, slot: Any, *, start: bool) -> None:
         """Starts the copies of a block's pages (and scales), or waits for them."""
         hbm, given, scratch, size = self.hbm, self.given, self.scratch, self.shape.page_size
         pages, heads = self.shape.config.block_pages, self.shape.config.block_heads
-        begin = at.block * pages
+        begin, held = at.block * pages, scratch.piece[0]
         of_heads = pl.ds(at.head_block * heads, heads)
 
         def copy(page: Any, _: None) -> None:
             # (a wait only looks at sizes)
-            page_id = scratch.page_ids[slot, 0, page % LANES] if start else 0
+            page_id = scratch.page_ids[held, 0, page % LANES] if start else 0
             tokens = pl.ds(pl.multiple_of((page - begin) * size, size), size)
             here = given.layer[0], page_id, of_heads
             copies = [

@@ -77,9 +77,10 @@ def fetched_scales(wanted: int, num_scales: int) -> int:
 
 
 def packed_rows(block_q: int, group: int) -> int:
-    """Rows of a query tile: tokens x group, in whole registers of 8, or in whole chunks."""
-    step = 8 if block_q * group <= CHUNK else CHUNK
-    return -(-block_q * group // step) * step
+    """Rows of a query tile: tokens x group, in whole registers of 8 or chunks; or 2 or 4 rows."""
+    rows = block_q * group
+    step = next((n for n in (2, 4) if rows <= n), 8 if rows <= CHUNK else CHUNK)
+    return -(-rows // step) * step
 
 
 def choose(

@@ -3,8 +3,9 @@
 The grid is (tile, block of heads); its steps run one after another, and queries and results are
 moved by Pallas' own pipeline. Pages, and the page ids that say where they are, are not: the blocks
 of all steps form one chain, and while one is computed, the next one's pages are on their way from
-HBM, and so are the ids of the one after that. So neither the end of a row nor that of a tile drains
-the pipeline, and scalar memory holds 256 page ids, however long the block tables are. A page of
+HBM, and so are the ids of the one after that (in pieces of 128, each fetched once for the blocks
+that follow each other in it). So neither the end of a row nor that of a tile drains the pipeline,
+and scalar memory holds 256 page ids, however long the block tables are. A page of
 `block_heads` heads is contiguous: one copy for its keys and one for its values. Pages that no query
 of the tile may see (after its last position, before its window) are not fetched.
 
@@ -135,6 +136,7 @@ def _scratch(shape: Shape) -> Scratch:
         k=pltpu.VMEM((2, heads, tokens, dim), shape.page_dtype),
         v=pltpu.VMEM((2, heads, tokens, dim), shape.page_dtype),
         page_ids=pltpu.SMEM((2, 1, LANES), jnp.int32),
+        piece=pltpu.SMEM((1,), jnp.int32),
         acc=pltpu.VMEM((heads, rows, dim), jnp.float32),
         top=pltpu.VMEM((heads, rows, LANES), jnp.float32),
         total=pltpu.VMEM((heads, rows, LANES), jnp.float32),
@@ -163,9 +165,7 @@ def _step(chain: Chain, softmax: Softmax, q_ref: Any, o_ref: Any, lse_ref: Any) 
     @pl.when((tile == 0) & (head_block == 0) & (count > 0))
     def _() -> None:
         number[0] = 0
-        begin = Step(tile, head_block, first)
-        chain.ids(begin, 0).start()
-        chain.follow(begin, 0)
+        chain.begin(Step(tile, head_block, first))
 
     @pl.when(tile < count)
     def _() -> None:
@@ -175,7 +175,7 @@ def _step(chain: Chain, softmax: Softmax, q_ref: Any, o_ref: Any, lse_ref: Any) 
         def visit(block: Any, _: None) -> None:
             here = Step(tile, head_block, block)
             slot = (done + block - first) % 2
-            chain.follow(chain.after(here), 1 - slot)
+            chain.follow(here, 1 - slot)
             chain.pages(here, slot, start=False)
             softmax.place_scales(slot)
             softmax.clear_tail(here, slot)

@@ -121,7 +121,9 @@ class Scratch(NamedTuple):
     Attributes:
         k: [2, h, K, D], two blocks of keys: one computed, one on its way.
         v: same.
-        page_ids: i32[2, 1, 128] in scalar memory.
+        page_ids: i32[2, 1, 128] in scalar memory: the piece of the block tables whose pages are
+            sent for, and one on its way.
+        piece: i32[1], which of the two was asked for last.
         acc: f32[h, Q, D], the result before it is divided by `total`.
         top: f32[h, Q, 128], the largest score so far, the same in all columns.
         total: f32[h, Q, 128], the sum of weights.
@@ -139,6 +141,7 @@ class Scratch(NamedTuple):
     k: Any
     v: Any
     page_ids: Any
+    piece: Any
     acc: Any
     top: Any
     total: Any
