@@ -18,10 +18,10 @@ from paxattn import kv_cache
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu import config, support
 from paxattn.attention.mosaic_gpu.portable import cards
-from paxattn.attention.target import Target
 from paxattn.models import Decoder, DecoderConfig
 from paxattn.page_table import init_page_table
 from paxattn.ragged import ragged_batch
+from paxattn.target import Target
 
 pytestmark = pytest.mark.timeout(240)
 BF16, F16 = dict(dtype="bfloat16"), dict(dtype="float16")
