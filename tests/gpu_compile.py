@@ -47,10 +47,10 @@ def compile_programs(
 
     Returns:
         By name: `kernels`, a list of dicts with `name`, `registers`, `spills` (bytes) and `shared`
-        (bytes of shared memory; jax 0.10 does not tell: 0); a kernel that an earlier program has
-        too is not listed again. Of the whole program `temp` and `alias`, in bytes, `shapes` of all
-        arrays ("2,3"), and `scopes`, the functions that something compiled was made by, of which
-        `looped` are inside a loop.
+        (bytes of shared memory, the most of kernels of that name; jax 0.10 does not tell: 0); a
+        kernel that an earlier program has too is not listed again. Of the whole program `temp` and
+        `alias`, in bytes, `shapes` of all arrays ("2,3"), and `scopes`, the functions that
+        something compiled was made by, of which `looped` are inside a loop.
     """
     with tempfile.TemporaryDirectory() as dump:
         settings = dict(
@@ -72,23 +72,33 @@ def compile_programs(
 
 def _read_dump(folder: Path) -> list[dict]:
     """Reads, and removes, what Mosaic GPU has written about the kernels compiled since."""
+    # Numbers behind names do not tell which belong together: only what is lowered has the former,
+    # and what an earlier program has too is not compiled again.
+    shared: dict[str, int] = {}  # (jax 0.10 writes none)
+    for path in folder.glob("*.resources.txt"):
+        name = _kernel_name(path)
+        size = int(re.search(r"smem_scratch_bytes=(\d+)", path.read_text())[1])
+        shared[name] = max(size, shared.get(name, 0))
     kernels = []
     for path in sorted(folder.glob("*.ptxas")):
-        said = path.read_text()
-        resources = path.with_suffix(".resources.txt")  # (jax 0.10 writes none)
-        resources = resources.read_text() if resources.exists() else "smem_scratch_bytes=0"
+        said, name = path.read_text(), _kernel_name(path)
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
         kernels.append(
             dict(
-                name=re.sub(r"_\d+$", "", path.stem),
+                name=name,
                 registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
                 spills=sum(map(int, spilled)),
-                shared=int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]),
+                shared=shared[name] if shared else 0,
             )
         )
     for path in folder.iterdir():
         path.unlink()
     return kernels
+
+
+def _kernel_name(path: Path) -> str:
+    """Of a kernel whose file is named `name_3.ptxas`."""
+    return re.sub(r"_\d+$", "", path.name.split(".")[0])
 
 
 def _functions(paths: Iterable[str]) -> list[str]:

@@ -204,7 +204,9 @@ def check(card, kernel, facts, per_sm):
     assert sum(found["spills"] for found in named.values()) == 0, named
     # A thread block is 128 threads, and takes 1 KiB more than it asks for.
     assert named[kernel]["registers"] <= min(65536 // 128 // per_sm, 255)
-    assert (named[kernel]["shared"] + 1024) * per_sm <= card.shared_bytes
+    shared = named[kernel]["shared"]
+    assert shared > 0
+    assert (shared + 1024) * per_sm <= card.shared_bytes
 
 
 @pytest.mark.parametrize("target", CARDS)

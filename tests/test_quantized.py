@@ -207,7 +207,7 @@ def test_what_does_not_go_together(error, message, changes):
 @pytest.mark.parametrize(
     ("platform", "kind", "sizes", "reason"),
     [
-        ("gpu", "NVIDIA H200", dict(head_dim=192, page_size=16), "quantised pages (int8)"),
+        ("gpu", "NVIDIA H200", dict(head_dim=80, page_size=16), "quantised pages"),
         ("tpu", "TPU v5 lite", dict(head_dim=128, page_size=48), "page_size=48 of int8 pages"),
     ],
 )

@@ -27,7 +27,20 @@ MORE = (
     cases.Case(
         q_lens=(17,) * 4 + (1,) * 10, kv_lens=(3000,) * 4 + (256,) * 10, head_dim=128, window=700
     ),
-)
+    # (what Hopper's own kernels decline, and the portable ones serve there)
+    cases.Case(
+        q_lens=(129, 1), kv_lens=(1099, 700), heads=(8, 2), head_dim=256, page_dtype="int8",
+        dtype="bfloat16",
+    ),
+    cases.Case(
+        q_lens=(129, 1), kv_lens=(1099, 700), heads=(8, 2), page_size=8, dtype="float16",
+        page_dtype="float8_e4m3fn",
+    ),
+    cases.Case(
+        q_lens=(65, 1), kv_lens=(1099, 700), heads=(8, 2), head_dim=192, page_dtype="int8",
+        dtype="float16",
+    ),
+)  # fmt: skip
 
 
 def run(context: Context) -> None:

@@ -17,6 +17,8 @@ CASES = {
     "1x2k of 32k": [(2048, 32768)],
     "1x4k + 64 decode of 4k": [(4096, 4096)] + [(1, 4096)] * 64,
 }
+# (dtype of pages, head_dim, page size): on Hopper its own kernel serves the first alone.
+QUANTIZED = (("float8_e4m3fn", 128, 16), ("float8_e4m3fn", 256, 16), ("int8", 64, 8))
 
 
 def run(context: Context) -> None:
@@ -25,6 +27,11 @@ def run(context: Context) -> None:
         work = workload(rows, tiny=context.tiny)
         case = {"case": name, "page": work.page_size}
         compare(context, case, work, partial(measure.make_inputs, work), peers, figures)
+    for page_dtype, head_dim, page in QUANTIZED[: 1 if context.tiny else None]:
+        sizes = dict(head_dim=head_dim, page_size=page, page_dtype=page_dtype)
+        work = workload(CASES["1x8k"], tiny=context.tiny, **sizes)
+        case = {"case": "1x8k", "page": page, "head_dim": head_dim, "pages": page_dtype}
+        compare(context, case, work, partial(measure.make_inputs, work), {}, figures)
 
 
 def figures(work: Workload, seconds: float) -> dict:

@@ -6,6 +6,7 @@ its kernel (dtype, soft cap, window): a test compiles them all. Nothing here imp
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -101,16 +102,18 @@ def prefill_candidates(
         quantized: whether pages are.
 
     Yields:
-        Configs of as many stages as fit: with a thread block per multiprocessor, which deals the
-        work evenly by itself, and with many, which the hardware deals.
+        Configs of as many stages as fit, of one only where two do not: with a thread block per
+        multiprocessor, which deals the work evenly by itself, and with many, which the hardware
+        deals.
     """
     blocks = (64,) if head_dim > 128 else (64, 128)
-    wide, fewest = (2, 1) if quantized else (0, 2)
-    for block_kv, stages, waves in itertools.product(blocks, range(fewest, 7), (1, 32)):
+    for block_kv, stages, waves in itertools.product(blocks, range(1, 7), (1, 32)):
         config = prefill.Config(
-            block_kv=block_kv, stages=stages, wide=wide, num_ctas=waves * num_sms
+            block_kv=block_kv, stages=stages, wide=2 if quantized else 0, num_ctas=waves * num_sms
         )
-        if (block_kv % page_size == 0 or page_size % block_kv == 0) and config.fits(head_dim):
+        few = stages == 1 and dataclasses.replace(config, stages=2).fits(head_dim)
+        whole_pages = block_kv % page_size == 0 or page_size % block_kv == 0
+        if whole_pages and config.fits(head_dim) and not few:
             yield config
 
 
