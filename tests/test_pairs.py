@@ -20,7 +20,7 @@ from jax.sharding import (
 from tiny import tiny_config
 
 from paxattn import generate, kv_cache, memory
-from paxattn.attention import attention_schedule, explain, paged_attention
+from paxattn.attention import attention_schedule, explain, measure, paged_attention
 from paxattn.kv_cache import init_kv_cache
 from paxattn.models import Decoder
 from paxattn.page_table import PageCopies
@@ -179,6 +179,20 @@ def test_kernels_for_gpus_decline_pairs():
         told = explain(*shapes, implementation="mosaic_gpu", **pairs.options)
     assert told.implementation is None
     assert "no KV heads that lie side by side in pairs" in told.reasons[0][1]
+
+
+@pytest.mark.parametrize("page_dtype", [None, "int8"])
+def test_what_is_measured_lies_as_a_cache_does(page_dtype, monkeypatch):
+    work = measure.Workload(
+        rows=((1, 20), (3, 9)), num_q_heads=8, num_kv_heads=4, head_dim=64, page_size=4,
+        dtype="float32", page_dtype=page_dtype,
+    )  # fmt: skip
+    plain = measure.make_inputs(work, turns=1)
+    monkeypatch.setattr(measure, "heads_in_a_row", lambda _: 2)
+    pairs = measure.make_inputs(work, turns=1)
+    assert pairs.k_pages.shape == (8, 2, 4, 128)
+    found, expected = (measure.right_answer(work, x, 1) for x in (pairs, plain))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 CONFIG = dataclasses.replace(

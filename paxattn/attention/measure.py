@@ -22,6 +22,7 @@ from jax import lax
 
 from paxattn.attention.api import paged_attention
 from paxattn.attention.choice import Names
+from paxattn.kv_cache import heads_in_a_row
 from paxattn.quantized import head_bytes, quantize
 
 # Bytes of pages that a loop goes through before it meets the first ones again: several times the
@@ -124,7 +125,7 @@ class Inputs:
 
     Attributes:
         q: [T, Hq, D].
-        k_pages: [N, Hkv, P, D].
+        k_pages: [N, Hkv, P, D], or with heads in pairs, as a cache would have them here.
         v_pages: same.
         tables: i32[turns, R, M], pages in random order; each turn's are its own.
         kv_lens: i32[R].
@@ -163,9 +164,12 @@ def make_inputs(work: Workload, *, turns: int | None = None, multiple: int = 1) 
     tables = np.full((turns, len(held), width), num_pages, np.int32)
     inside = np.arange(width) < np.asarray(held)[:, None]
     tables[np.broadcast_to(inside, tables.shape)] = pages
-    pages_shape = (num_pages, work.num_kv_heads, work.page_size, work.head_dim)
+    together = heads_in_a_row(work.head_dim)
+    heads = -(-work.num_kv_heads // together) * together
+    pages_shape = (num_pages, heads, work.page_size, work.head_dim)
     shapes = ((work.num_tokens, work.num_q_heads, work.head_dim), pages_shape, pages_shape)
     q, (k_pages, k_scales), (v_pages, v_scales) = _draw(shapes, work.dtype, work.page_dtype)
+    k_pages, v_pages = (_side_by_side(x, together) for x in (k_pages, v_pages))
     new, stored = np.asarray(work.rows, np.int32).T
     return Inputs(
         q=q,
@@ -197,6 +201,15 @@ def _draw(
     return q, quantize(k, page_dtype), quantize(v, page_dtype)
 
 
+def _side_by_side(pages: jax.Array, together: int) -> jax.Array:
+    """`[N, H, P, D] -> [N, H / together, P, together * D]`."""
+    if together == 1:
+        return pages
+    num_pages, heads, page_size, head_dim = pages.shape
+    rows = pages.reshape(num_pages, heads // together, together, page_size, head_dim)
+    return jnp.moveaxis(rows, 2, 3).reshape(num_pages, -1, page_size, together * head_dim)
+
+
 # op(q, inputs, block_tables i32[R, M]) -> [T, Hq, D]
 Op = Callable[[jax.Array, Inputs, jax.Array], jax.Array]
 
@@ -209,7 +222,7 @@ def op_of(work: Workload, implementation: Names = None) -> Op:
             q, x.k_pages, x.v_pages,
             block_tables=block_tables, kv_lens=x.kv_lens, cu_q_lens=x.cu_q_lens,
             max_q_len=work.max_q_len, implementation=implementation,
-            k_scales=x.k_scales, v_scales=x.v_scales,
+            k_scales=x.k_scales, v_scales=x.v_scales, num_kv_heads=work.num_kv_heads,
         )  # fmt: skip
 
     return op
