@@ -57,7 +57,7 @@ def short_q_len(max_q_len: int, group: int) -> int:
 
 def long_block_q(group: int) -> int:
     """Query tokens of a tile for rows that are not short."""
-    return max(_PACKED_ROWS // group // 16, 1) * 16
+    return max(_PACKED_ROWS // group // 8, 1) * 8
 
 
 def scales_lie_ready(num_scales: int, page_size: int) -> bool:
