@@ -57,7 +57,7 @@ def kernel(
         group=heads // kv_heads, single=tokens == 1, causal=causal, soft_cap=soft_cap,
         dtype=dtype if page_dtype is None else config.wide_dtype(page_dtype),
         config=config.default_config(
-            rows=rows, head_dim=head_dim, quantized=page_dtype is not None
+            rows=rows, head_dim=head_dim, page_size=page_size, quantized=page_dtype is not None
         ), page_dtype=page_dtype,
     )  # fmt: skip
     given = shapes(
@@ -206,7 +206,10 @@ def program(name):
 def check_kernel(case, facts):
     (found,) = facts["kernels"]
     chosen = config.default_config(
-        rows=case["rows"], head_dim=case["head_dim"], quantized="page_dtype" in case
+        rows=case["rows"],
+        head_dim=case["head_dim"],
+        page_size=case["page_size"],
+        quantized="page_dtype" in case,
     )
     per_sm = chosen.num_cores // 132
     assert found["name"] == "paged_decode"

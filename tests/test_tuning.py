@@ -46,7 +46,9 @@ def test_an_entry_serves_its_key_and_no_other(table):
         dict(page_size=32),
     ):  # fmt: skip
         other = dict(rows=8) | HOPPER | change
-        heuristic = config.default_config(rows=other["rows"], head_dim=other["head_dim"])
+        heuristic = config.default_config(
+            rows=other["rows"], head_dim=other["head_dim"], page_size=other["page_size"]
+        )
         assert tunable.decode_config(**other) == heuristic, change
     # The split is the caller's; everything else about the pieces is the table's.
     assert tunable.decode_config(rows=8, split=256, **HOPPER) == dataclasses.replace(
@@ -73,7 +75,7 @@ def test_quantised_pages_have_entries_of_their_own(table, page_dtype):
     other = {"int8": "float8_e4m3fn", "float8_e4m3fn": "int8"}[page_dtype]
     heuristic = prefill_config.default_config(head_dim=128, quantized=True)
     assert tunable.prefill_config(**HOPPER, page_dtype=other) == heuristic
-    heuristic = config.default_config(rows=8, head_dim=128, quantized=True)
+    heuristic = config.default_config(rows=8, head_dim=128, page_size=16, quantized=True)
     assert tunable.decode_config(rows=8, **HOPPER, page_dtype=page_dtype) == heuristic
 
 
@@ -91,7 +93,7 @@ def test_the_newest_entry_counts_and_the_others_stay(table):
 )
 def test_what_cannot_be_built_is_passed_over_with_one_warning(table, changes):
     tuning.write(table, [dataclasses.replace(ENTRY, config=ENTRY.config | changes)])
-    heuristic = config.default_config(rows=8, head_dim=128)
+    heuristic = config.default_config(rows=8, head_dim=128, page_size=16)
     with pytest.warns(UserWarning, match="run `paxattn bench --tune` again"):
         assert tunable.decode_config(rows=8, **HOPPER) == heuristic
     assert tunable.decode_config(rows=8, **HOPPER) == heuristic  # (a warning is an error here)
@@ -120,7 +122,7 @@ def test_candidates_hold_the_heuristics_choice_and_fit():
     ):  # fmt: skip
         sizes = dict(rows=rows, head_dim=head_dim, quantized=quantized)
         found = list(tunable.decode_candidates(**sizes, page_size=page_size))
-        assert config.default_config(**sizes) in found
+        assert config.default_config(**sizes, page_size=page_size) in found
         assert len(found) == len(set(found)) > 1
         for one in found:
             assert config.shared_bytes(one, **sizes) < config.SHARED_BYTES

@@ -119,22 +119,35 @@ def fits(config: Config, per_sm: int, rows: int, head_dim: int, *, quantized: bo
     return shared_bytes(config, rows=rows, head_dim=head_dim, quantized=quantized) <= room
 
 
+def may_share(*, rows: int, head_dim: int, page_size: int, quantized: bool) -> bool:
+    """Whether two thread blocks have registers enough on a multiprocessor, with blocks of 64.
+
+    That is 128 a thread. Large tiles take more, and so do widening a large head_dim, and the
+    numbers of many pages beside it.
+    """
+    if not quantized or head_dim <= 64:
+        return rows <= 16
+    return head_dim <= 128 and rows <= (16 if page_size >= 16 else 8)
+
+
 def default_config(
     *,
     rows: int,
     head_dim: int,
+    page_size: int,
     num_sms: int = 132,
     split: int | None = None,
     quantized: bool = False,
 ) -> Config:
     """Chooses as many stages as fit, for two thread blocks per multiprocessor where they do.
 
-    Two blocks hide each other's waits (a block of 64 tokens passes through two dependent matrix
-    products), but large tiles need the registers of one, and so does widening a large head_dim.
+    Two blocks hide each other's waits: a block of 64 tokens passes through two dependent matrix
+    products.
 
     Args:
         rows: of a query tile, from `packed_rows`.
         head_dim: elements per head.
+        page_size: P, tokens.
         num_sms: multiprocessors of the device.
         split: as in `Config`.
         quantized: whether pages are.
@@ -142,8 +155,8 @@ def default_config(
     Returns:
         The config.
     """
-    small = rows <= 16 and not (quantized and head_dim > 128)
-    for per_sm in (2, 1) if small else (1,):
+    two = may_share(rows=rows, head_dim=head_dim, page_size=page_size, quantized=quantized)
+    for per_sm in (2, 1) if two else (1,):
         for stages in (4, 3, 2):
             config = Config(block_kv=64, stages=stages, num_cores=per_sm * num_sms, split=split)
             if fits(config, per_sm, rows, head_dim, quantized=quantized):

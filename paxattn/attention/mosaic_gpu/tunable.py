@@ -38,8 +38,8 @@ def decode_candidates(
     Yields:
         Configs of as many stages as fit.
     """
-    small = rows <= 16 and not (quantized and head_dim > 128)
-    shapes = [(64, 1), *([(64, 2), (128, 1)] if small else [])]
+    two = decode.may_share(rows=rows, head_dim=head_dim, page_size=page_size, quantized=quantized)
+    shapes = [(64, 1), *([(64, 2), (128, 1)] if two else [])]
     for (block_kv, per_sm), stages in itertools.product(shapes, range(2, 7)):
         config = decode.Config(
             block_kv=block_kv, stages=stages, num_cores=per_sm * num_sms, split=split
@@ -72,13 +72,14 @@ def decode_config(
         The config.
     """
     sizes: dict[str, Any] = dict(
-        rows=rows, head_dim=head_dim, quantized=page_dtype is not None, split=split
-    )
+        rows=rows, head_dim=head_dim, page_size=page_size, split=split,
+        quantized=page_dtype is not None,
+    )  # fmt: skip
     if card is None:
         default = decode.default_config(**sizes, num_sms=num_sms)
-        candidates = list(decode_candidates(**sizes, page_size=page_size, num_sms=num_sms))
+        candidates = list(decode_candidates(**sizes, num_sms=num_sms))
     else:
-        default, *_ = candidates = portable.decode_configs(card, **sizes, page_size=page_size)
+        default, *_ = candidates = portable.decode_configs(card, **sizes)
     return tuning.pick(
         "mosaic_gpu.decode" if card is None else "mosaic_gpu.portable_decode",
         device=device,
