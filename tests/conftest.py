@@ -1,6 +1,7 @@
 """Settings that must be made before jax starts."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
@@ -27,3 +28,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
+
+
+_slow_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown(item):
+    """Forgets compiled programs now and then in the long grids.
+
+    A test's programs map memory some ninety times, and Linux lets a process do so 65,530 times.
+    """
+    if item.get_closest_marker("slow") and next(_slow_tests) % 200 == 0:
+        import jax
+
+        jax.clear_caches()
