@@ -69,12 +69,16 @@ PAIRED_HEAD_DIM = 64  # two such heads fill the 128 lanes of a TPU's registers
 class KVCache:
     """Keys and values of all layers, in pages.
 
+    Made by `init_kv_cache`; derive one from another by `dataclasses.replace` or `jax.tree.map`,
+    which keep its layout.
+
     Attributes:
         k_pages: ``[num_layers, num_pages, num_kv_heads, page_size, head_dim]``, in one of
             `quantized.PAGE_DTYPES`; or with heads in pairs.
         v_pages: the same shape and dtype.
-        k_scales: bf16 ``[num_layers, num_pages, num_kv_heads, page_size]`` of quantised pages:
-            what numbers of ``k_pages`` are multiplied by; None: pages hold floats as they are.
+        k_scales: bf16 ``[num_layers, num_pages, num_kv_heads, page_size]`` of quantised pages (with
+            a place for a spare head): what numbers of ``k_pages`` are multiplied by; None: pages
+            hold floats as they are.
         v_scales: the same of ``v_pages``.
         heads_per_row: heads that lie side by side, 1 or 2 (static).
         spare_heads: 1 if the last pair has one head only, else 0 (static).

@@ -86,8 +86,9 @@ def bytes_per_token(
         ("head_dim", head_dim),
     ):
         _at_least(1, name, size)
-    together = heads_in_a_row(int(head_dim))
-    heads = -(-int(num_kv_heads) // together) * together
+    heads = int(num_kv_heads)
+    if heads % 2:  # (otherwise nobody needs to ask for the device)
+        heads += heads_in_a_row(int(head_dim)) - 1
     return 2 * int(num_layers) * heads * head_bytes(int(head_dim), page_dtype(dtype))
 
 

@@ -108,7 +108,7 @@ SPLIT = (
     # (the last row has no third piece, and its first queries see nothing of the second)
     Case(q_lens=(3, 40, 0, 9), kv_lens=(10, 1700, 40, 540), **BF16, heads=(4, 1), sinks=True),
     # (queries before their sequence's start; a window that begins within the first piece)
-    Case(q_lens=(40, 7), kv_lens=(1563, 5), **F16, heads=(2, 1), window=1100, page_size=128),
+    Case(q_lens=(40, 7), kv_lens=(1563, 5), **F16, heads=(2, 1), window=1100, page_size=256),
 )
 
 

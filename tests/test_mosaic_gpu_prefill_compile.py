@@ -49,7 +49,10 @@ def program(name):
     chosen = prefill_config.default_config(head_dim=head_dim, quantized=page_dtype is not None)
 
     def run(arrays, batch, given):
-        plan = plan_batch(**batch, request=request, short_q_len=0, decode=None, prefill=chosen)
+        plan = plan_batch(
+            **batch, request=request, short_q_len=0, decode=None, prefill=chosen,
+            split_over=case.get("split_over"),
+        )  # fmt: skip
         kept = {k: v for k, v in batch.items() if k != "kv_lens"}
         return attend_batch(*arrays, **kept, **given, **options, plan=plan)
 
@@ -81,6 +84,7 @@ FEW = [
     dict(head_dim=64, page_size=128, **OPTIONS[2]),
     dict(head_dim=80, page_size=32, **OPTIONS[3]),
     dict(head_dim=256, page_size=8, **OPTIONS[1]),
+    dict(head_dim=128, page_size=16, split_over=2000),  # (more than there are tiles)
 ]
 if jax.__version_info__ < (0, 11):  # which declines quantised pages
     FEW, ALL = ([case for case in cases if "page_dtype" not in case] for cases in (FEW, ALL))
@@ -98,7 +102,16 @@ def check(case, facts):
     group = case.get("group", 4)
     bound = prefill_tiles.max_tiles(num_tokens=T, num_rows=R, group=group, min_packed=1)
     packed = HEADS * bound * prefill_config.TILE
-    assert facts["temp"] <= packed * (2 * case["head_dim"] * 2 + 8) + 2**21
+    found = packed
+    if "split_over" in case:
+        found *= prefill_tiles.max_pieces(
+            num_tokens=T, stored=M * case["page_size"], group=group, num_kv_heads=HEADS,
+            num_ctas=case["split_over"],
+        )  # fmt: skip
+        assert found > packed
+    # (pieces are merged in float32, all of a token at once)
+    size = case["head_dim"] * (2 if found == packed else 6) + 8
+    assert facts["temp"] <= packed * case["head_dim"] * 2 + found * size + 2**21
 
 
 def test_kernels_within_budget():

@@ -51,8 +51,9 @@ def _mesh(model: Any) -> tuple[Mesh, tuple[str, ...]] | None:
 
 def _shardings(state: ServeState, mesh: Mesh, axes: tuple[str, ...]) -> ServeState:
     """A sharding for each of the state's arrays."""
-    rows = state.pool.cache.k_pages.shape[2]  # (heads that lie side by side stay together)
-    even = rows % math.prod(mesh.shape[axis] for axis in axes) == 0
+    cache, devices = state.pool.cache, math.prod(mesh.shape[axis] for axis in axes)
+    # Heads that lie side by side stay together, and all devices have as many.
+    even = cache.k_pages.shape[2] % devices == 0 and not cache.spare_heads
     split = NamedSharding(mesh, PartitionSpec(None, None, axes if even else None))
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: everywhere, state)

@@ -26,7 +26,7 @@ from paxattn.kv_cache import KVCache
 from paxattn.prefix_cache.chains import mix
 from paxattn.serving.state import ServeState
 
-_FORMAT = "paxattn server 1"
+_FORMAT = "paxattn server 2"
 
 
 class SnapshotError(ValueError):

@@ -103,11 +103,12 @@ def prefill_attention(
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, num_layers - 1)
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
     packed = prefill_tiles.pack_queries(q, tiles, cu_q_lens, num_kv_heads)
+    found = num_kv_heads, tiles.most_pieces * packed.shape[1], tiles.size
     o, lse = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct(packed.shape, q.dtype),
-            jax.ShapeDtypeStruct(packed.shape[:3], jnp.float32),
+            jax.ShapeDtypeStruct((*found, head_dim), q.dtype),
+            jax.ShapeDtypeStruct(found, jnp.float32),
         ),
         scratch_types=smem,
         grid=(s.config.num_ctas,),

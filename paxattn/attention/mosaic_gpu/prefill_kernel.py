@@ -74,6 +74,7 @@ from paxattn.attention.mosaic_gpu.prefill_work import (
     Walk,
     item_at,
     num_items,
+    queries_at,
     walk_of,
 )
 
@@ -221,11 +222,11 @@ def _consume(s: Static, refs: Refs, smem: Scratch) -> None:
     q, lse_out = smem.q.at[wg], smem.lse.at[wg]
     o_out = q if smem.o is None else smem.o.at[wg]
 
-    def mine(item: Item) -> tuple:
-        return item.head, item.tile.place, pl.ds(wg * ROWS, ROWS)
+    rows = pl.ds(wg * ROWS, ROWS)
 
     def fetch_queries(item: Item) -> None:
-        plgpu.copy_gmem_to_smem(refs.q.at[mine(item)], q, smem.q_there.at[wg])
+        place = *queries_at(refs, item), rows
+        plgpu.copy_gmem_to_smem(refs.q.at[place], q, smem.q_there.at[wg])
 
     def work(nth: jax.Array, carry: tuple[jax.Array, Item]) -> tuple[jax.Array, Item]:
         folded, item = carry
@@ -256,8 +257,9 @@ def _consume(s: Static, refs: Refs, smem: Scratch) -> None:
         store(o_out, acc.astype(s.dtype))
         store(lse_out, jnp.where(nothing, -jnp.inf, top * LN2 + jnp.log(total)))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_out, refs.o.at[mine(item)])
-        plgpu.copy_smem_to_gmem(lse_out, refs.lse.at[mine(item)])
+        place = item.head, item.tile.place, rows
+        plgpu.copy_smem_to_gmem(o_out, refs.o.at[place])
+        plgpu.copy_smem_to_gmem(lse_out, refs.lse.at[place])
         if not early:
             ahead = item_at(s, refs, nth + 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -7,8 +7,9 @@ padded. Tiles are stored in batch order (`pack_queries`, `unpack`), and worked t
 longest first, among those whose keys and values fit the L2 cache together.
 
 A few tiles on long contexts would leave most thread blocks idle: where a batch is that small, its
-tiles are copied, each copy reads a piece of the tokens, and `unpack` merges what they found by
-log-sum-exp (as Flash-Decoding does, https://pytorch.org/blog/flash-decoding).
+tiles are done in pieces, each of which reads a part of the tokens, and `unpack` merges what they
+found by log-sum-exp (as Flash-Decoding does, https://pytorch.org/blog/flash-decoding). Pieces come
+rounded to the result's dtype: that the result is rounded twice is less than the tensor cores lose.
 
 Letters: T tokens in the batch, R rows, M `max_pages_per_seq`, P `page_size`, D head_dim, Hq query
 heads, Hkv KV heads, G = Hq / Hkv, B tiles, S `most_pieces`.
@@ -34,7 +35,8 @@ class Tile(NamedTuple):
     """One tile, i32 scalars: a row of `Tiles.fields`.
 
     Attributes:
-        place: where its queries are stored.
+        place: where its result is stored: those of the first pieces of all tiles, in the order of
+            the batch, then those of the second ones. Its queries are at `place % B`.
         row: of the batch.
         first_packed: number of its first packed row within its row of the batch.
         history: position of the batch row's first new token; negative if there are more queries
@@ -63,9 +65,8 @@ class Tiles:
         count: i32[], how many of them there are.
         heads_together: i32[], KV heads whose tiles are worked through side by side; the next heads
             follow when all tiles are done.
-        row: i32[S * B], the row of the batch of each tile, in the order stored (like the rest):
-            the first pieces of all tiles, then the second ones.
-        first_packed: i32[S * B].
+        row: i32[B], the row of the batch of each tile, in the order stored (like the rest).
+        first_packed: i32[B].
         pieces: i32[B], that each tile is in.
         place: i32[T * G], where each packed row of the batch is stored, in `[0, B * size)`.
         served: bool[T], whether a token lies in a tile.
@@ -244,8 +245,8 @@ def cut(
         fields=jnp.stack(fields, axis=1)[order],
         count=pieces.sum(),
         heads_together=together,
-        row=fields.row,
-        first_packed=fields.first_packed,
+        row=row,
+        first_packed=first_packed,
         pieces=pieces,
         place=jnp.clip(starts[of][:, None] * size + within, 0, bound * size - 1).reshape(-1),
         served=inside & chosen[of],
@@ -290,7 +291,7 @@ def pack_queries(q: jax.Array, tiles: Tiles, cu_q_lens: jax.Array, num_kv_heads:
         num_kv_heads: Hkv.
 
     Returns:
-        [Hkv, S * B, `tiles.size`, D]; rows beyond a tile's last hold any query.
+        [Hkv, B, `tiles.size`, D]; rows beyond a tile's last hold any query.
     """
     tokens, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads

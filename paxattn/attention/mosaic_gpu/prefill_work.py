@@ -71,15 +71,15 @@ class Refs(NamedTuple):
     """This CTA's number, and GMEM."""
 
     cta: jax.Array  # (jax 0.10 does not tell it to a warp)
-    q: Any  # [Hkv, B, 128, D]
+    q: Any  # [Hkv, B, 128, D], of B tiles
     k_pages: Any  # [L, N, Hkv, P, D]
     v_pages: Any
     block_tables: Any  # i32[R, M]
-    fields: Any  # i32[B, 7], `Tile`s
+    fields: Any  # i32[S * B, 7], `Tile`s, of up to S pieces of each
     numbers: Any  # i32[4]: tiles, KV heads side by side, layer, window (positive)
     scale: Any  # f32[1], sm_scale, times log2(e) unless there is a soft cap
-    o: Any  # [Hkv, B, 128, D]
-    lse: Any  # f32[Hkv, B, 128]
+    o: Any  # [Hkv, S * B, 128, D]
+    lse: Any  # f32[Hkv, S * B, 128]
     k_scales: Any = None  # bf16[L, N, Hkv, P], of quantised pages
     v_scales: Any = None  # same
 
@@ -99,6 +99,14 @@ class Item(NamedTuple):
 def _position(s: Static, refs: Refs, nth: jax.Array) -> jax.Array:
     """This CTA's position in the `nth` pass through the list, there and back."""
     return jnp.where(lax.rem(nth, _i32(2)) == 1, s.config.num_ctas - 1 - refs.cta, refs.cta)
+
+
+def queries_at(refs: Refs, item: Item) -> tuple[jax.Array, jax.Array]:
+    """Where an item's queries are: its pieces share them."""
+    place = item.tile.place
+    if refs.o.shape[1] > refs.q.shape[1]:
+        place = lax.rem(place, _i32(refs.q.shape[1]))
+    return item.head, place
 
 
 def num_items(s: Static, refs: Refs) -> jax.Array:

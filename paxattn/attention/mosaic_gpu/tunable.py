@@ -79,7 +79,8 @@ def decode_config(
         default = decode.default_config(**sizes, num_sms=num_sms)
         candidates = list(decode_candidates(**sizes, num_sms=num_sms))
     else:
-        default, *_ = candidates = portable.decode_configs(card, **sizes)
+        candidates = portable.decode_configs(card, **sizes)
+        default = candidates[0]
     return tuning.pick(
         "mosaic_gpu.decode" if card is None else "mosaic_gpu.portable_decode",
         device=device,
@@ -141,7 +142,8 @@ def prefill_config(
         default = prefill.default_config(**sizes, num_sms=num_sms)
         candidates = list(prefill_candidates(**sizes, page_size=page_size, num_sms=num_sms))
     else:
-        default, *_ = candidates = portable.prefill_configs(card, **sizes, page_size=page_size)
+        candidates = portable.prefill_configs(card, **sizes, page_size=page_size)
+        default = candidates[0]
     return tuning.pick(
         "mosaic_gpu.prefill" if card is None else "mosaic_gpu.portable_prefill",
         device=device,

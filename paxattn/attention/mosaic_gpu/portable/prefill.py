@@ -16,7 +16,14 @@ from jax import lax
 
 from paxattn.attention.mosaic_gpu.portable import fold
 from paxattn.attention.mosaic_gpu.portable.ring import Job, Pools, Ring, Tile
-from paxattn.attention.mosaic_gpu.prefill_work import Refs, Static, item_at, num_items, walk_of
+from paxattn.attention.mosaic_gpu.prefill_work import (
+    Refs,
+    Static,
+    item_at,
+    num_items,
+    queries_at,
+    walk_of,
+)
 
 
 def tile(s: Static, rows: int, *, max_pages: int, tma: bool) -> Tile:
@@ -60,7 +67,7 @@ def kernel(s: Static, t: Tile) -> Callable[..., None]:
                 first_packed=item.tile.first_packed,
                 walk=walk_of(s, item.tile, pools.window),
             )
-            sums = fold.attend(t, pools, ring, job, refs.q.at[mine])
+            sums = fold.attend(t, pools, ring, job, refs.q.at[queries_at(refs, item)])
             fold.write(t, refs.o.at[mine], refs.lse.at[mine], *sums)
 
     return portable_prefill
