@@ -29,7 +29,16 @@ from paxattn import page_table
 from paxattn.decode_step import Status
 from paxattn.pool import Pool, make_room, release_rows, with_table
 from paxattn.sampling import LogitsProcessor, apply_processor
-from paxattn.step import LanguageModel, PoolUse, first_only, left_alone, run_tokens, shed, window_of
+from paxattn.step import (
+    LanguageModel,
+    PoolUse,
+    first_only,
+    left_alone,
+    logits_of,
+    run_tokens,
+    shed,
+    window_of,
+)
 
 # Below any sum of log-probabilities; finite, so that differences are.
 NEVER = -1e9
@@ -235,7 +244,9 @@ def beam_step(
         live=live,
         max_q_len=1,
     )
-    logits = apply_processor(logits_processor, model.logits(hidden), state.running.lens.reshape(-1))
+    logits = apply_processor(
+        logits_processor, logits_of(model, hidden), state.running.lens.reshape(-1)
+    )
     use = state.use.after(pool.table, window_of(model))
     state, parents = select(state, logits, stepped)
 

@@ -25,6 +25,7 @@ from paxattn.step import (
     PoolUse,
     first_only,
     left_alone,
+    logits_of,
     ragged_step,
     shed,
     window_of,
@@ -188,7 +189,7 @@ def decode_step(
     )
     stepped = live & ok
     token, logprob = sample(
-        model.logits(hidden),
+        logits_of(model, hidden),
         state.sampling,
         state.num_generated,
         lambda: state.counts,

@@ -17,7 +17,7 @@ from paxattn.page_table.state import check_pool
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.prefix_cache import CacheStats
 from paxattn.quantized import page_dtype_name
-from paxattn.step import LanguageModel, check_model
+from paxattn.step import LanguageModel, check_model, new_cache
 
 
 class KeptPool:
@@ -25,8 +25,9 @@ class KeptPool:
 
     Prompts that begin like anything that was computed before, prompts and completions, start from
     those pages; matching compares tokens, so nothing else is ever shared. Pages that nobody uses
-    are given up, least recently used first, when a call needs them: a request never fails for want
-    of them. One call at a time: a `stream` has the pool from its first ``next`` until it ends.
+    are given up, least recently used first, when a call needs them: no request that fits the pool
+    fails for want of them. One call at a time: a `stream` has the pool from its first ``next`` on,
+    until it ends.
 
     Example:
         >>> kept = paxattn.KeptPool(model, num_pages=1024)
@@ -90,8 +91,8 @@ class KeptPool:
             )
         pool, rows = self._pool, len(salts)
         if pool is None:
-            cache = self.model.init_cache(
-                num_pages=self.num_pages, page_size=self.page_size, dtype=self.kv_dtype
+            cache = new_cache(
+                self.model, num_pages=self.num_pages, page_size=self.page_size, dtype=self.kv_dtype
             )
             pool = init_pool(cache, max_seqs=1, max_pages_per_seq=1, remember=True)
         table = replace(

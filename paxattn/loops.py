@@ -21,7 +21,7 @@ from paxattn.pool import Pool, init_pool, release_rows, with_table
 from paxattn.requests import Sizes
 from paxattn.sampling import LogitsProcessor, RowSampling
 from paxattn.speculative import Drafter, DraftModel, SpeculativeState, speculate
-from paxattn.step import PackedPrompts, PoolUse, no_use, prefill
+from paxattn.step import PackedPrompts, PoolUse, new_cache, no_use, prefill
 
 
 def _fill(
@@ -42,8 +42,8 @@ def _fill(
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     leader = rows // sizes.group * sizes.group
     if pool is None:
-        cache = model.init_cache(
-            num_pages=sizes.num_pages, page_size=sizes.page_size, dtype=sizes.kv_dtype
+        cache = new_cache(
+            model, num_pages=sizes.num_pages, page_size=sizes.page_size, dtype=sizes.kv_dtype
         )
         pool = init_pool(cache, max_seqs=num_rows, max_pages_per_seq=sizes.max_pages_per_seq)
     lens = jnp.where(rows == leader, jnp.maximum(lens - 1, 0), 0)

@@ -52,9 +52,16 @@ def attend(
         tokens give zeros and write nothing.
 
     Raises:
-        ValueError: the cache and the batch's table differ in pages or page size.
+        ValueError: the cache and the batch's table differ in pages or page size, or a shape does
+            not fit them.
+        TypeError: q, k or v is no array of floats.
     """
     check_same_pool(cache, batch)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(f"{name} has dtype {jnp.result_type(x)}, must be floats")
+    if q.shape[:1] != batch.positions.shape:
+        raise ValueError(f"{q.shape=} must begin with {batch.positions.size}, the batch's tokens")
     cache = kv_cache.write(cache, layer, batch.slots, k, v)
     out = paged_attention(
         q.astype(cache.query_dtype(q.dtype)),

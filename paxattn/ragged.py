@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from paxattn.kv_cache import KVCache
@@ -64,11 +65,12 @@ class RaggedBatch:
 
 
 def fitting_rows(q_lens: jax.Array, num_tokens: int, max_q_len: int) -> jax.Array:
-    """Rows whose new tokens i32[R] are all among the first ``num_tokens`` of the batch, bool[R]."""
+    """Rows of at most ``max_q_len`` tokens, all among the batch's first ``num_tokens``, bool[R]."""
+    short = q_lens <= max_q_len
     if q_lens.size * max_q_len <= num_tokens:
-        return q_lens <= max_q_len
+        return short
     over = num_tokens + 1
-    return running_sum_up_to(jnp.clip(q_lens, 0, over), over) < over
+    return short & (running_sum_up_to(jnp.clip(q_lens, 0, over), over) < over)
 
 
 def ragged_batch(
@@ -86,8 +88,8 @@ def ragged_batch(
 
     Args:
         table: the page table, ``kv_lens`` not yet advanced.
-        q_lens: i32[R], new tokens per row. Rows whose tokens end beyond ``num_tokens`` are as if
-            not live.
+        q_lens: i32[R], new tokens per row. Inside jit, rows of more than ``max_q_len`` tokens, or
+            whose tokens end beyond ``num_tokens``, are as if not live.
         num_tokens: static number of packed tokens T, padding included.
         max_q_len: static upper bound of ``q_lens``; ``num_tokens`` by default.
         live: bool[R], rows whose tokens are stored, such as those for which `page_table.reserve`
@@ -95,8 +97,8 @@ def ragged_batch(
         tree: static; a row's new tokens are the first so many nodes of this tree. None: a chain.
 
     Raises:
-        ValueError: ``max_q_len`` is not in ``1..num_tokens``, or ``q_lens`` or ``live`` is not one
-            integer or boolean per row.
+        ValueError: ``max_q_len`` is not in ``1..num_tokens``, ``q_lens`` or ``live`` is not one
+            integer or boolean per row, or outside jit and without ``live`` a row does not fit.
     """
     max_q_len = num_tokens if max_q_len is None else max_q_len
     if not 1 <= max_q_len <= num_tokens:
@@ -109,6 +111,8 @@ def ragged_batch(
     stored = fitting_rows(q_lens, num_tokens, max_q_len)
     if live is not None:
         stored &= as_mask("live", live, q_lens.shape)
+    elif not isinstance(q_lens, jax.core.Tracer):
+        _check_fit(np.asarray(q_lens), num_tokens, max_q_len)
     outside = table.num_pages * table.page_size + jnp.arange(num_tokens, dtype=jnp.int32)
     slots = jnp.where(stored[rows], slots, outside)
     first = jnp.zeros_like(q_lens, shape=(1,))
@@ -140,6 +144,16 @@ def ragged_batch(
         num_pages=table.num_pages,
         page_size=table.page_size,
     )
+
+
+def _check_fit(q_lens: np.ndarray, num_tokens: int, max_q_len: int) -> None:
+    if q_lens.max(initial=0) > max_q_len:
+        raise ValueError(
+            f"q_lens has a row of {q_lens.max()} new tokens, more than {max_q_len=}: raise that"
+        )
+    total = np.maximum(q_lens, 0).sum(dtype=np.int64)
+    if total > num_tokens:
+        raise ValueError(f"q_lens has {total} tokens in all, more than {num_tokens=}: raise that")
 
 
 def check_same_pool(cache: KVCache, pages: PageTable | RaggedBatch) -> None:

@@ -44,7 +44,7 @@ class Completion:
 
     Attributes:
         prompt_tokens: the prompt's token ids.
-        tokens: generated token ids, a final stop token included.
+        tokens: generated token ids, a final stop token (or those of a stop string) included.
         logprobs: one per generated token.
         text: the generated text, special tokens and stop strings left out ("" without a
             tokenizer).

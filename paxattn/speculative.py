@@ -42,7 +42,7 @@ from paxattn.page_table.pages import read_entries, when
 from paxattn.penalties import count_generated
 from paxattn.pool import Pool, make_room, note_tokens, with_table
 from paxattn.sampling import LogitsProcessor, RowSampling, runners_up, sample
-from paxattn.step import LanguageModel, ragged_step, run_tokens, shed
+from paxattn.step import LanguageModel, logits_of, ragged_step, run_tokens, shed
 from paxattn.tree import Tree, spine, walk
 
 
@@ -125,7 +125,7 @@ def _propose_model(
             live=fine & (i <= limit + behind), max_q_len=1, scrub=scrub,
         )  # fmt: skip
         asked = (
-            drafter.model.logits(hidden), decode.sampling,
+            logits_of(drafter.model, hidden), decode.sampling,
             decode.num_generated + jnp.maximum(i - behind, 0), lambda: counts, logits_processor,
         )  # fmt: skip
         tokens = runners_up(*asked, count=branches) if branches > 1 else sample(*asked)[0][:, None]
@@ -162,7 +162,7 @@ def _choose(
 
     index = decode.num_generated[rows] + jnp.asarray(tree.depths())[offsets]
     sampling: RowSampling = jax.tree.map(lambda x: x[rows], decode.sampling)
-    return sample(model.logits(hidden), sampling, index, counts, logits_processor)
+    return sample(logits_of(model, hidden), sampling, index, counts, logits_processor)
 
 
 def _compact(

@@ -30,6 +30,7 @@ from paxattn.pool import (
     release_rows,
     with_table,
 )
+from paxattn.quantized import page_dtype
 from paxattn.ragged import RaggedBatch, check_same_pool, fitting_rows, ragged_batch
 from paxattn.tree import Tree
 
@@ -38,7 +39,8 @@ class LanguageModel(Protocol):
     """What a step needs of a model; `paxattn.models.Decoder` is one, yours may be another.
 
     `generate`, `Engine` and `KeptPool` need its ``config`` too, with ``vocab_size`` and
-    ``max_positions`` (tokens of a sequence at most).
+    ``max_positions`` (tokens of a sequence at most). They check requests by these; who runs steps
+    of his own passes tokens that the model knows.
 
     If all its layers have a sliding window, and it says so in ``config.windows`` (tokens, for each
     layer), rows give back the pages that all of these have left behind.
@@ -76,6 +78,44 @@ def check_model(name: str, model: Any) -> None:
             f"{name} is a {type(model).__name__} without {', '.join(missing)}: must be a Decoder, "
             "such as the .model of what load() returns, or another step.LanguageModel"
         )
+
+
+def new_cache(
+    model: LanguageModel, *, num_pages: int, page_size: int, dtype: DTypeLike | None
+) -> KVCache:
+    """Have a model make its cache, and check what it makes.
+
+    Raises:
+        TypeError: that is no `KVCache` of that dtype.
+    """
+    cache = model.init_cache(num_pages=num_pages, page_size=page_size, dtype=dtype)
+    name = f"{type(model).__name__}.init_cache"
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{name} must return a KVCache, such as init_kv_cache makes, not {cache!r}")
+    if dtype is not None and cache.k_pages.dtype != page_dtype(dtype):
+        raise TypeError(
+            f"{name}(dtype={page_dtype(dtype)}) made pages of {cache.k_pages.dtype}: have it pass "
+            "dtype on to init_kv_cache"
+        )
+    return cache
+
+
+def logits_of(model: LanguageModel, hidden: jax.Array) -> jax.Array:
+    """A model's logits f32[K, vocab_size] of hidden states [K, hidden], checked.
+
+    Raises:
+        TypeError: the model returns another shape.
+    """
+    logits = model.logits(hidden)
+    shape = jnp.shape(logits)
+    # (a model for steps of one's own need not have a config)
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if len(shape) != 2 or shape[0] != len(hidden) or vocab_size not in (None, shape[1]):
+        raise TypeError(
+            f"{type(model).__name__}.logits must return [K, config.vocab_size], here "
+            f"[{len(hidden)}, {vocab_size}]; it returned {list(shape)}"
+        )
+    return logits
 
 
 def call_model(
@@ -240,12 +280,14 @@ def ragged_step(
 
     Returns:
         ``(pool, hidden [T, hidden_size], ok bool[R])``. A live row for which no room could be had,
-        or whose tokens end beyond T, is not ok: it is left as it was, and its hidden states mean
-        nothing.
+        of more than ``max_q_len`` tokens, or whose tokens end beyond T, is not ok: it is left as it
+        was, and its hidden states mean nothing.
 
     Raises:
-        ValueError: the pages and the table differ in number or page size.
+        ValueError: the pages and the table differ in number or page size, or ``tokens`` or
+            ``q_lens`` are not integers on one axis.
     """
+    tokens = as_integers("tokens", tokens, None)
     max_q_len = tokens.shape[0] if max_q_len is None else max_q_len
     q_lens = as_integers("q_lens", q_lens, (pool.table.max_seqs,))
     fits = fitting_rows(q_lens, tokens.shape[0], max_q_len)

@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from paxattn import loops, page_table
 from paxattn.generate import generate, stream
-from paxattn.kv_cache import KVCache
+from paxattn.kv_cache import KVCache, init_kv_cache
 from paxattn.models import Checkpoint, Decoder, DecoderConfig
 from paxattn.models.checkpoint import GenerationConfig
 from paxattn.ngram import NGram
 from paxattn.requests import prepare_requests
 from paxattn.sampling import SamplingParams
 from paxattn.speculative import DraftModel
-from paxattn.step import call_model
+from paxattn.step import call_model, logits_of, new_cache
 
 V = 257
 CONFIG = DecoderConfig(
@@ -546,6 +546,28 @@ def test_what_a_model_of_ones_own_lacks_is_named():
         mine.hidden = hidden
         with pytest.raises(TypeError, match=rf"Mine.__call__ must .* 3 tokens, .* returned {got}$"):
             call_model(mine, tokens, None, None)
+
+    class Careless(Mine):
+        def logits(self, hidden):
+            return hidden
+
+        def init_cache(self, *, num_pages, page_size, dtype=None):
+            return init_kv_cache(
+                num_layers=1, num_pages=num_pages, page_size=page_size, num_kv_heads=1, head_dim=8
+            )
+
+    expected = r"Careless.logits must return .*, here \[3, 7\]; it returned \[3, 4\]$"
+    with pytest.raises(TypeError, match=expected):
+        logits_of(Careless(), jnp.zeros((3, 4)))
+    sizes = dict(num_pages=2, page_size=4)
+    assert new_cache(Careless(), **sizes, dtype=None).num_pages == 2
+    with pytest.raises(
+        TypeError, match=r"Careless.init_cache\(dtype=int8\) made pages of bfloat16"
+    ):
+        new_cache(Careless(), **sizes, dtype="int8")
+    mine.init_cache = lambda **sizes: None
+    with pytest.raises(TypeError, match=r"Mine.init_cache must return a KVCache, .* not None"):
+        new_cache(mine, **sizes, dtype=None)
 
 
 @pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray])

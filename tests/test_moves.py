@@ -101,8 +101,11 @@ def test_another_engine_goes_on(undisturbed, tmp_path):
     assert other.state.pool.cache.k_pages.committed  # as pages that come back are
     # What was told before is told again, of those that had not ended, in one piece each.
     ended = {delta.index for delta in told if delta.finish_reason}
-    assert put_together(before) == put_together([d for d in told if d.index not in ended])
-    assert len(before) == len({delta.index for delta in before}) > 0
+    assert put_together([delta for delta in before if delta.tokens]) == put_together(
+        [delta for delta in told if delta.index not in ended]
+    )
+    # Of those who wait nothing was, and they are named all the same.
+    assert [delta.index for delta in before] == sorted({*range(len(ASKED))} - ended - {aborted})
     assert put_together(run_out(other)) == put_together(expected)
     assert serving.checked(other._state, PAGES) == 0
     found = put_together([*told, *expected])
@@ -223,6 +226,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(SnapshotError, match=message):
             engine.restore(path)
+    for place in (b'"next_index', b".pool.table", None):  # a bit of what the host says, of an array
+        at = len(whole) - 9 if place is None else whole.index(place) + len(place) + 4
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(SnapshotError, match=r"damaged|saved"):
+            engine.restore(path)
     save_file({"x": np.zeros(3)}, path)
     with pytest.raises(SnapshotError, match="not the state of a server"):
         engine.restore(path)
@@ -230,6 +238,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         engine.restore(tmp_path / "nowhere")
     path.write_bytes(whole)  # what was refused has left the engine as it was
     assert engine.restore(path) == []
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        engine.save(tmp_path / "nowhere" / "state")
 
 
 @pytest.mark.variants

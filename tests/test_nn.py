@@ -343,3 +343,35 @@ def test_rope_errors(options, message):
 def test_rope_needs_an_even_head():
     with pytest.raises(ValueError, match="head_dim=7 must be even"):
         Rope().frequencies(7)
+
+
+def test_a_batch_that_does_not_hold_its_rows_is_refused_where_numbers_are_known():
+    table = init_page_table(num_pages=8, page_size=4, max_seqs=2, max_pages_per_seq=4)
+    for sizes, message in (
+        (dict(num_tokens=8, max_q_len=4), "a row of 5 new tokens, more than max_q_len=4"),
+        (dict(num_tokens=7), "8 tokens in all, more than num_tokens=7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ragged_batch(table, [5, 3], **sizes)
+    # Inside jit such a row is as if not live, whether or not all rows could be as long.
+    for num_tokens in (8, 11):
+        batch = jax.jit(functools.partial(ragged_batch, num_tokens=num_tokens, max_q_len=4))(
+            table, jnp.array([3, 5])
+        )
+        np.testing.assert_array_equal(batch.kv_lens, [3, 0])
+
+
+def test_attend_takes_floats_for_the_tokens_of_its_batch():
+    table = init_page_table(num_pages=8, page_size=4, max_seqs=2, max_pages_per_seq=4)
+    batch = ragged_batch(table, [5, 3], num_tokens=8)
+    cache = init_kv_cache(
+        num_layers=1, num_pages=8, page_size=4, num_kv_heads=1, head_dim=8, dtype="float32"
+    )
+    q = k = jnp.zeros((8, 1, 8))
+    for given, error, message in (
+        ((q[:7], k, k), ValueError, "must begin with 8, the batch's tokens"),
+        ((q.astype(int), k, k), TypeError, "q has dtype int32, must be floats"),
+        ((q, k, k.astype(int)), TypeError, "v has dtype int32, must be floats"),
+    ):
+        with pytest.raises(error, match=message):
+            attend(*given, cache, batch, layer=0)

@@ -143,7 +143,9 @@ def _directory(path: str | PathLike[str]) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: no such directory ({reason})") from None
     if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
-        raise CheckpointError(f"{path}: no such directory")
+        raise CheckpointError(
+            f"{path}: no such directory (an id on the Hugging Face hub reads owner/name)"
+        )
     try:
         import huggingface_hub
     except ImportError:

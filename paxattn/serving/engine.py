@@ -340,6 +340,9 @@ class Engine:
 
         Args:
             path: of the file, which is replaced when the new one is whole.
+
+        Raises:
+            OSError: it cannot be written.
         """
         host = {
             "next_index": self._next_index,
@@ -360,7 +363,8 @@ class Engine:
             path: of a file that `save` wrote.
 
         Returns:
-            What had been handed over of the requests that had not ended: one delta for each.
+            What had been handed over of the requests that had not ended: one delta for each, an
+            empty one for those of which nothing had been.
 
         Raises:
             RuntimeError: there are requests.

@@ -111,7 +111,9 @@ class Places:
             asked = _asked(index, prompt, stop, int(tops[place]), tokenizer)
             tokens, logprobs = (line[place, start : start + read].tolist() for line in lines)
             delta, _ = asked.reading.take(tokens, logprobs, Status.RUNNING)
-            told += [] if delta is None else [delta]
+            told.append(
+                delta or Delta(index=index, tokens=[], logprobs=[], text="", finish_reason=None)
+            )
             self._all[place] = asked
         return sorted(told, key=lambda delta: delta.index)
 

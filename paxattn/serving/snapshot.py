@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,9 @@ def save_state(path: str | os.PathLike, model: Any, state: ServeState, host: Any
         model: whose keys and values the pages hold.
         state: stays as it is.
         host: whatever the host must know to go on, for JSON.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     # Pages that the host has are not saved: their tokens will be stored anew.
     arrays = _arrays(replace(state, away=jnp.zeros_like(state.away)))
@@ -52,8 +56,10 @@ def save_state(path: str | os.PathLike, model: Any, state: ServeState, host: Any
         layers = [np.asarray(pages[layer])[held] for layer in range(pages.shape[0])]
         arrays[name] = _plain(np.stack(layers))
     about = {"format": _FORMAT, "same": _same(model, state), "host": host}
+    about["checksum"] = _checksum_of(arrays, host)
     target = Path(path)
     part = target.with_name(f"{target.name}.part")
+    part.touch()  # (an OSError here says more than one of safetensors)
     save_file(arrays, part, {"about": json.dumps(about)})
     with part.open("rb") as file:
         os.fsync(file.fileno())
@@ -83,6 +89,8 @@ def load_state(path: str | os.PathLike, model: Any, state: ServeState) -> tuple[
                 raise SnapshotError(f"{path}: not the state of a server that this version saved")
             _check_same(path, about["same"], _same(model, state))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about["checksum"] != _checksum_of(arrays, about["host"]):
+                raise SnapshotError(f"{path}: damaged: its checksum is not that of what it holds")
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, SnapshotError):
             raise
@@ -169,9 +177,17 @@ def _check_same(path: str | os.PathLike, saved: dict[str, Any], here: dict[str, 
     ]
     if differ:
         raise SnapshotError(
-            f"{path}: was saved by another server: {'; '.join(differ)}. Make this one with the same"
-            " sizes, and the same weights in the same dtype"
+            f"{path}: was saved with other sizes or weights: {'; '.join(differ)}. Load it with the"
+            " same sizes, and the same weights in the same dtype"
         )
+
+
+def _checksum_of(arrays: dict[str, np.ndarray], host: Any) -> int:
+    """Of what a file holds, against what disks and copies do to it."""
+    total = zlib.crc32(json.dumps(host, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        total = zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(name.encode(), total))
+    return total
 
 
 @jax.jit

@@ -27,7 +27,7 @@ from paxattn.page_table.pages import pages_for
 from paxattn.pool import Pool, init_pool, release_rows
 from paxattn.sampling import RowSampling, SamplingParams, row_sampling
 from paxattn.serving.top_logprobs import TopLogprobs, no_top_logprobs
-from paxattn.step import LanguageModel, PoolUse, no_use, window_of
+from paxattn.step import LanguageModel, PoolUse, new_cache, no_use, window_of
 
 NEVER = 2**31 - 1  # tokens
 
@@ -197,7 +197,7 @@ def init_serve(
     if max_requests < max_seqs:
         raise ValueError(f"{max_requests=} must be at least {max_seqs=}: rows run requests")
     pool = init_pool(
-        model.init_cache(num_pages=num_pages, page_size=page_size, dtype=kv_dtype),
+        new_cache(model, num_pages=num_pages, page_size=page_size, dtype=kv_dtype),
         max_seqs=max_seqs,
         max_pages_per_seq=-(-max_tokens // page_size),
         remember=remember,

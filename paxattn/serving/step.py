@@ -18,7 +18,7 @@ from paxattn.sampling import LogitsProcessor, row_sampling, sample
 from paxattn.serving import top_logprobs
 from paxattn.serving.schedule import admit, make_way, of_rows, to_bring_back, tokens_left
 from paxattn.serving.state import ServeState
-from paxattn.step import LanguageModel, run_tokens
+from paxattn.step import LanguageModel, logits_of, run_tokens
 
 
 def serve_step(
@@ -50,7 +50,7 @@ def serve_step(
     owned = jax.tree.map(partial(jnp.where, complete), owned, row_sampling([], complete.size))
     num_tokens = of_rows(state, requests.num_tokens)
     num_generated = num_tokens - of_rows(state, requests.prompt_len)
-    logits = model.logits(hidden)
+    logits = logits_of(model, hidden)
 
     def counts() -> jax.Array:
         lines = requests.tokens.at[state.owners].get(mode="clip")
