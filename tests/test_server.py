@@ -377,7 +377,7 @@ BAD = [
     (b"[" * 4000, 400, None, None, "not JSON"),
     (b"9" * 5000, 400, None, None, "not JSON"),
     ([1], 400, None, None, "must be a JSON object"),
-    ({}, 400, "model", None, "model is None: must be a string"),
+    ({}, 400, "model", None, "model is missing: must be a string"),
     ({**PROMPT, "model": "\ud800"}, 404, "model", "model_not_found", "only 'tiny'"),
     ({**PROMPT, "tempo": 1}, 400, "tempo", "unknown_field", "unknown field 'tempo'"),
     ({**PROMPT, "temperature": "hot"}, 400, "temperature", None, "must be a number"),

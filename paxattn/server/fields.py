@@ -107,7 +107,7 @@ class Fields:
 
     def refuse(self, name: str, wanted: str) -> ApiError:
         """The error that the field is not what is wanted."""
-        found = repr(self.get(name))
+        found = repr(self.get(name)) if name in self._body else "missing"
         found = found if len(found) < 100 else f"{found[:100]}..."
         name = self._within + name
         return ApiError(f"{name} is {found}: must be {wanted}", param=name)
