@@ -56,7 +56,7 @@ def save_state(path: str | os.PathLike, model: Any, state: ServeState, host: Any
         layers = [np.asarray(pages[layer])[held] for layer in range(pages.shape[0])]
         arrays[name] = _plain(np.stack(layers))
     about = {"format": _FORMAT, "same": _same(model, state), "host": host}
-    about["checksum"] = _checksum_of(arrays, host)
+    about["checksum"] = _content_checksum(arrays, host)
     target = Path(path)
     part = target.with_name(f"{target.name}.part")
     part.touch()  # (an OSError here says more than one of safetensors)
@@ -89,7 +89,7 @@ def load_state(path: str | os.PathLike, model: Any, state: ServeState) -> tuple[
                 raise SnapshotError(f"{path}: not the state of a server that this version saved")
             _check_same(path, about["same"], _same(model, state))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about["checksum"] != _checksum_of(arrays, about["host"]):
+            if about["checksum"] != _content_checksum(arrays, about["host"]):
                 raise SnapshotError(f"{path}: damaged: its checksum is not that of what it holds")
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, SnapshotError):
@@ -165,7 +165,7 @@ def _same(model: Any, state: ServeState) -> dict[str, Any]:
         "heads_per_row": cache.heads_per_row,
         "dtype": cache.k_pages.dtype.name,
         "window": state.window,
-        "weights": f"{int(_checksum(model)):08x}",
+        "weights": f"{int(_weights_checksum(model)):08x}",
     }
 
 
@@ -182,7 +182,7 @@ def _check_same(path: str | os.PathLike, saved: dict[str, Any], here: dict[str, 
         )
 
 
-def _checksum_of(arrays: dict[str, np.ndarray], host: Any) -> int:
+def _content_checksum(arrays: dict[str, np.ndarray], host: Any) -> int:
     """Of what a file holds, against what disks and copies do to it."""
     total = zlib.crc32(json.dumps(host, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
@@ -191,7 +191,7 @@ def _checksum_of(arrays: dict[str, np.ndarray], host: Any) -> int:
 
 
 @jax.jit
-def _checksum(model: Any) -> jax.Array:
+def _weights_checksum(model: Any) -> jax.Array:
     """A sum over the bits of all weights, u32[], however they are stored."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(model):

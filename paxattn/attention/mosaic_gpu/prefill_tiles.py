@@ -197,15 +197,8 @@ def cut(
     if window is not None:
         seen_from = history[row] + first_packed // group - window + 1
         start = jnp.where(window > 0, jnp.maximum(seen_from, 0), 0)
-    fits = max(_L2_BYTES // token_bytes, 1)
-    longest = jnp.maximum(jnp.where(chosen, stored, 0).max(), 1)
-    together = jnp.clip(fits // longest, 1, num_kv_heads).astype(jnp.int32)
-    share = jnp.maximum(fits // together, 1)
-    held = jnp.where(chosen, jnp.minimum(stored, share), 0)
-    rank = jnp.argsort(-held)
-    begin = jnp.cumsum(held[rank]) - held[rank]
-    section = jnp.zeros_like(held).at[rank].set(begin // share)[row]
-    section = jnp.where(tile < ends[-1], section, num_rows + 1)
+    together, section = _cachefuls(jnp.where(chosen, stored, 0), num_kv_heads, token_bytes)
+    section = section[row]
 
     # A tile's pieces: as many tokens each, in whole blocks.
     most_pieces = 1
@@ -253,6 +246,25 @@ def cut(
         size=size,
         most_pieces=most_pieces,
     )
+
+
+def _cachefuls(
+    stored: jax.Array, num_kv_heads: int, token_bytes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Heads whose tiles are worked through side by side, i32[], and each row's cacheful, i32[R].
+
+    Args:
+        stored: i32[R], tokens that can be read of the chosen rows; 0 of others.
+        num_kv_heads: Hkv.
+        token_bytes: of one token's key and value in one head.
+    """
+    fits = max(_L2_BYTES // token_bytes, 1)
+    together = jnp.clip(fits // jnp.maximum(stored.max(), 1), 1, num_kv_heads).astype(jnp.int32)
+    share = jnp.maximum(fits // together, 1)
+    held = jnp.minimum(stored, share)
+    rank = jnp.argsort(-held)
+    begin = jnp.cumsum(held[rank]) - held[rank]
+    return together, jnp.zeros_like(held).at[rank].set(begin // share)
 
 
 def _piece_tokens(
