@@ -12,7 +12,7 @@ from attention_cases import Case
 from test_attention import check, run, same
 
 from paxattn.attention import paged_attention
-from paxattn.attention.cascade import merge
+from paxattn.attention.merge import merge
 from paxattn.shared_prefix import find_shared_prefix
 from paxattn.tree import comb, tree_arrays
 
@@ -195,7 +195,7 @@ def test_gradients_are_those_of_the_plain_form():
 def test_merge():
     o = jnp.asarray([[[1.0, 2.0]], [[3.0, 4.0]], [[0.0, 0.0]]])
     lse = jnp.asarray([[0.0], [1.0], [-jnp.inf]])
-    join = jax.jit(merge)
+    join = jax.jit(lambda *parts: merge(jnp.stack(parts[::2]), jnp.stack(parts[1::2])))
     none = jnp.zeros_like(o), jnp.full_like(lse, -jnp.inf)
     same(join(o, lse, *none), (o, lse))  # one side empty; both in the last
     same(join(*none, o, lse), (o, lse))

@@ -16,33 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paxattn.attention.merge import merge
 from paxattn.page_table.pages import varying_like
 from paxattn.shared_prefix import SharedPrefix
 
 Run = Callable[..., tuple[jax.Array, jax.Array]]
-
-
-def merge(
-    o: jax.Array, lse: jax.Array, other_o: jax.Array, other_lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Merges two partial results of the same queries; where both are empty, 0 and -inf.
-
-    Args:
-        o: [T, Hq, D].
-        lse: f32[T, Hq], -inf where nothing was seen.
-        other_o: as `o`.
-        other_lse: as `lse`.
-
-    Returns:
-        o in its dtype, lse.
-    """
-    top = jnp.maximum(lse, other_lse)
-    shift = jnp.where(top == -jnp.inf, 0.0, top)  # exp(-inf - 0) is 0, not NaN
-    a, b = jnp.exp(lse - shift), jnp.exp(other_lse - shift)
-    total = jnp.where(top == -jnp.inf, 1.0, a + b)
-    mixed = o.astype(jnp.float32) * (a / total)[..., None]
-    mixed += other_o.astype(jnp.float32) * (b / total)[..., None]
-    return mixed.astype(o.dtype), jnp.where(top == -jnp.inf, -jnp.inf, shift + jnp.log(total))
 
 
 def attend_shared(
@@ -104,7 +82,7 @@ def attend_shared(
         )  # fmt: skip
         # Tokens of rows that are no members lie among the others, and must see nothing of this.
         shared_lse = jnp.where(shared.members[:, None], shared_lse, -jnp.inf)
-        return merge(o, lse, shared_o, shared_lse)
+        return merge(jnp.stack([o, shared_o]), jnp.stack([lse, shared_lse]))
 
     everything = jax.tree.leaves((q, k_pages, v_pages, shared, o, lse))
     o, lse = (varying_like(x, *everything) for x in (o, lse))

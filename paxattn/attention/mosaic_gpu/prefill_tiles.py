@@ -8,8 +8,8 @@ longest first, among those whose keys and values fit the L2 cache together.
 
 A few tiles on long contexts would leave most thread blocks idle: where a batch is that small, its
 tiles are done in pieces, each of which reads a part of the tokens, and `unpack` merges what they
-found by log-sum-exp (as Flash-Decoding does, https://pytorch.org/blog/flash-decoding). Pieces come
-rounded to the result's dtype: that the result is rounded twice is less than the tensor cores lose.
+found. Pieces come rounded to the result's dtype: that the result is rounded twice is less than the
+tensor cores lose.
 
 Letters: T tokens in the batch, R rows, M `max_pages_per_seq`, P `page_size`, D head_dim, Hq query
 heads, Hkv KV heads, G = Hq / Hkv, B tiles, S `most_pieces`.
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.attention.extent import readable
+from paxattn.attention.merge import merge
 from paxattn.attention.mosaic_gpu.prefill_config import TILE
 
 _L2_BYTES = 32 * 2**20  # of keys and values that tiles in flight may share; an H200 has 50 MiB
@@ -341,17 +342,8 @@ def unpack(
         o, lse = o[:, 0], lse[:, 0]
     else:
         there = jnp.arange(tiles.most_pieces)[:, None] < tiles.pieces[tiles.place // tiles.size]
-        o, lse = _merge(jnp.where(there[..., None], o, 0.0), jnp.where(there, lse, -jnp.inf))
+        o, lse = jnp.where(there[..., None], o, 0.0), jnp.where(there, lse, -jnp.inf)
+        o, lse = merge(o, lse, axis=1)
     served = tiles.served[:, None]
     o = jnp.where(served[..., None], by_token(o, head_dim), jnp.zeros((), o.dtype))
     return o, jnp.where(served, by_token(lse), -jnp.inf)
-
-
-def _merge(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Merges pieces in f32: `o [Hkv, S, X, D], lse [Hkv, S, X] -> o [Hkv, X, D], lse [Hkv, X]`."""
-    top = lse.max(axis=1, keepdims=True)
-    weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
-    total = weights.sum(axis=1)
-    merged = (o.astype(jnp.float32) * weights[..., None]).sum(axis=1)
-    merged = merged / jnp.where(total == 0.0, 1.0, total)[..., None]
-    return merged.astype(o.dtype), jnp.log(total) + top[:, 0]
