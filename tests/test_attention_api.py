@@ -26,6 +26,7 @@ from paxattn.attention import (
     explain,
     implementations,
     paged_attention,
+    tuning,
 )
 from paxattn.attention import paged_attention_decode as decode
 
@@ -253,9 +254,19 @@ def test_implementations_lists_this_machine():
     assert "for TPUs from v5e and v5p on" in listed["mosaic_tpu"][1]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_tuned():
+    with tuning.use([]):
+        yield
+
+
 def building_for(device_kind):
     device = AbstractDevice(device_kind, None, "cuda")
     return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def tuned(name, device="NVIDIA H200", **key):
+    return tuning.Entry(device=device, kernel=f"mosaic_gpu.{name}", key=key, config={})
 
 
 def on_hopper(*, heads=(32, 8), head_dim=128, page_size=16, dtype=jnp.bfloat16, tokens=R, **more):
@@ -301,10 +312,12 @@ def test_the_choice_for_hopper(changes, reason):
                 given,
             )
             assert out[0].shape == given["q"].shape
-            # Not by itself, before it has run on a device.
+            # By itself where it is known to work only.
             told = explain(**given, **static)
             assert told.implementation == "reference"
-            assert "so far it has run in an interpreter only" in told.reasons[0][1]
+            assert "shows no run on NVIDIA H200: `paxattn bench --tune` checks" in str(told)
+            with tuning.use([tuned("decode"), tuned("prefill")]):
+                assert explain(**given, **static).implementation == "mosaic_gpu"
         else:
             with pytest.raises(NotImplementedError, match="cannot serve this on NVIDIA H200"):
                 paged_attention(**given, implementation="mosaic_gpu")
@@ -325,8 +338,37 @@ def test_the_choice_for_other_gpus(kind):
         out = jax.eval_shape(lambda given: op(**given), given)
         assert out.shape == given["q"].shape
         told = explain(**given, **static)
-    assert told.implementation == "reference"
-    assert "so far it has run in an interpreter only" in told.reasons[0][1]
+        assert told.implementation == "reference"
+        assert "mosaic_gpu.portable_decode and mosaic_gpu.portable_prefill can serve" in str(told)
+        entries = [tuned(f"portable_{name}", device=kind) for name in ("decode", "prefill")]
+        with tuning.use(entries):
+            assert explain(**given, **static).implementation == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [tuned("decode")],  # not the other kernel that the batch needs
+        [tuned("decode", device="NVIDIA H100"), tuned("prefill", device="NVIDIA H100")],
+        [tuned("decode", page_dtype="int8"), tuned("prefill", page_dtype="int8")],
+        [tuned("portable_decode"), tuned("portable_prefill")],
+    ],
+)
+def test_runs_of_something_else_make_no_kernel_the_default(entries):
+    given = on_hopper(max_q_len=100, tokens=200)
+    with building_for("NVIDIA H200"), tuning.use(entries):
+        told = explain(**given)
+        assert told.implementation == "reference"
+        assert "mosaic_gpu.prefill can serve this, but" in told.reasons[0][1]
+        assert explain(**given, implementation="mosaic_gpu").implementation == "mosaic_gpu"
+        listed = {name: reason for name, _, reason in implementations()}
+        assert "the default once `paxattn bench --tune`" in listed["mosaic_gpu"]
+
+
+def test_tuned_kernels_are_listed_as_they_are():
+    with building_for("NVIDIA H200"), tuning.use([tuned("decode"), tuned("prefill")]):
+        listed = {name: reason for name, _, reason in implementations()}
+    assert "the default once" not in listed["mosaic_gpu"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 An implementation is a name, a check that raises NotImplementedError with the reason when it cannot
 serve a request on a target, and two functions: one divides the work of a step's batch, the other
 runs a layer of it. By default the native one of the target is tried first and the reference last; a
-target with an accelerator that ends up on the reference is told why, once per reason.
+target with an accelerator that ends up on the reference is told why, once per reason. A native one
+that has not run on a kind of device yet may ask not to be chosen there by default (`hold_back`).
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Implementation:
         schedule: works out what is the same for all layers of a step, a pytree.
         run: runs it; arguments as `paged_attention_reference` has them, and `plan`, what
             `schedule` has worked out.
+        hold_back: of what `check` accepts, says why it should be served if asked for by name only,
+            or "".
     """
 
     name: str
     check: Callable[[Request | None, Target], str]
     schedule: Callable[..., Any]
     run: Callable[..., tuple[jax.Array, jax.Array]]
+    hold_back: Callable[[Request, Target], str] = lambda request, target: ""
 
 
 @jax.tree_util.register_dataclass
@@ -105,6 +109,7 @@ _IMPLEMENTATIONS = {
             check=mosaic_gpu.check,
             schedule=mosaic_gpu.schedule,
             run=mosaic_gpu.run,
+            hold_back=mosaic_gpu.hold_back,
         ),
         Implementation(
             name="mosaic_tpu",
@@ -121,11 +126,6 @@ _IMPLEMENTATIONS = {
     )
 }
 _NATIVE = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
-# Not chosen unless asked for, and why.
-_UNPROVEN = {
-    "mosaic_gpu": "so far it has run in an interpreter only, and compiled for GPUs that were not "
-    "there: ask for it with implementation='mosaic_gpu'"
-}
 _warned: set[str] = set()
 
 
@@ -144,8 +144,19 @@ def implementations() -> list[tuple[str, bool, str]]:
     return out
 
 
-def _in_order(implementation: Names, target: Target) -> tuple[str, ...]:
-    """The names to try, or ValueError."""
+def in_order(implementation: Names, target: Target) -> tuple[str, ...]:
+    """The implementations to try.
+
+    Args:
+        implementation: as in `paged_attention`.
+        target: what for.
+
+    Returns:
+        Their names; asked for by these, none is held back.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if implementation is None:
         native = _NATIVE.get(target.platform)
         return ("reference",) if native is None else (native, "reference")
@@ -174,15 +185,16 @@ def consider(request: Request, target: Target, implementation: Names) -> Explana
         ValueError: an unknown name.
     """
     reasons: list[tuple[str, str]] = []
-    for name in _in_order(implementation, target):
+    for name in in_order(implementation, target):
+        tried = _IMPLEMENTATIONS[name]
         try:
-            reason = _IMPLEMENTATIONS[name].check(request, target)
-            if implementation is None and name in _UNPROVEN:
-                raise NotImplementedError(_UNPROVEN[name])
+            reason = tried.check(request, target)
         except NotImplementedError as error:
             reasons.append((name, str(error)))
-        else:
-            reasons.append((name, reason))
+            continue
+        held_back = tried.hold_back(request, target) if implementation is None else ""
+        reasons.append((name, held_back or reason))
+        if not held_back:
             return Explanation(implementation=name, target=target, reasons=tuple(reasons))
     return Explanation(implementation=None, target=target, reasons=tuple(reasons))
 
@@ -261,7 +273,7 @@ def check_schedule(
                 f"the schedule was made for {item.name}={made}, this call has {now}: make it with "
                 "attention_schedule and the same arguments"
             )
-    if implementation is not None and schedule.implementation not in _in_order(
+    if implementation is not None and schedule.implementation not in in_order(
         implementation, target
     ):
         raise ValueError(

@@ -14,7 +14,8 @@ package, and the user's (`user_table`), which `paxattn bench --tune` writes and 
                   "measured": {...}}]}
 
 With quantised pages the key has their `page_dtype`, too. `measured` says when, with which versions,
-and how fast; nothing reads it but people.
+and how fast; nothing reads it but people. Since only what gave the reference's results is written,
+an entry also tells that its kernel works on that kind of device (`measured_on`).
 """
 
 from __future__ import annotations
@@ -235,6 +236,26 @@ def pick(
 def key_of(page_dtype: str | None, **facts: str | int) -> dict[str, str | int]:
     """A key: static facts, and of quantised pages their dtype."""
     return facts if page_dtype is None else facts | {"page_dtype": page_dtype}
+
+
+def measured_on(device: str, *, page_dtype: str | None) -> frozenset[str]:
+    """Kernels that a table has any entry of, for a kind of device and a dtype of pages.
+
+    Args:
+        device: the device's kind.
+        page_dtype: of quantised pages, or None.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: a table is damaged.
+    """
+    return frozenset(
+        entry.kernel
+        for entry in entries()
+        if entry.device == device and entry.key.get("page_dtype") == page_dtype
+    )
 
 
 def find(question: Question) -> Entry | None:

@@ -14,10 +14,12 @@ from rich.table import Table
 
 import paxattn
 from paxattn.attention import explain, measure, tune, tuning
+from paxattn.attention.choice import Names, in_order
 from paxattn.attention.measure import Workload
 from paxattn.cli.common import DTYPES, devices, fields, kv_dtype_option, page_size_option
 from paxattn.display import Output
 from paxattn.quantized import is_quantized, page_dtype_name
+from paxattn.target import target_of
 
 _SHAPES = {
     "cpu": ("8x256", "8x1024", "1x512/512"),
@@ -45,10 +47,14 @@ _SHAPES = {
 @kv_dtype_option
 @click.option(
     "--implementation",
-    help='Such as "reference" or "mosaic_gpu".  [default: what the library chooses]',
+    help='Such as "reference" or "mosaic_gpu".  [default: what the library chooses; with --tune, '
+    "what it could choose]",
 )
 @click.option(
-    "--tune", "tuned", is_flag=True, help="Try all configs, and write the fastest into the table."
+    "--tune",
+    "tuned",
+    is_flag=True,
+    help="Check all configs against the reference, and write the fastest into the table.",
 )
 @click.option(
     "--table",
@@ -95,15 +101,16 @@ def bench(
     path = table or tuning.user_table()
     known = tuning.read(path) if table else tuning.entries()
     out, log = Output(highlight=False), Output(stderr=True, highlight=False)
+    asked = in_order(implementation, target_of(None)) if tuned else implementation
     with tuning.use(known):
         if tuned:
-            known = _tune(works, implementation, path, out, log)
+            known = _tune(works, asked, path, out, log)
     with tuning.use(known):
-        _time(names, works, implementation, out, log)
+        _time(names, works, asked, out, log)
 
 
 def _tune(
-    works: Sequence[Workload], implementation: str | None, path: Path, out: Output, log: Output
+    works: Sequence[Workload], implementation: Names, path: Path, out: Output, log: Output
 ) -> tuple[tuning.Entry, ...]:
     """Shows every candidate, writes the table, and returns all entries."""
     known = tuning.entries()
@@ -128,7 +135,7 @@ def _tune(
 
 
 def _time(
-    names: Sequence[str], works: Sequence[Workload], implementation: str | None,
+    names: Sequence[str], works: Sequence[Workload], implementation: Names,
     out: Output, log: Output,
 ) -> None:  # fmt: skip
     shown = Table(box=None, pad_edge=False)
@@ -159,7 +166,7 @@ def _time(
     out.print(shown)
 
 
-def _seconds(work: Workload, implementation: str | None) -> float:
+def _seconds(work: Workload, implementation: Names) -> float:
     steps = measure.steps_for(work)
     run = measure.compile_loop(
         measure.op_of(work, implementation), measure.make_inputs(work), steps
@@ -167,7 +174,7 @@ def _seconds(work: Workload, implementation: str | None) -> float:
     return measure.take_turns({0: run}, steps=steps, repeats=7)[0]
 
 
-def _served_by(work: Workload, implementation: str | None) -> str:
+def _served_by(work: Workload, implementation: Names) -> str:
     x: Any = jax.eval_shape(lambda: measure.make_inputs(work, turns=1))
     tables = jax.ShapeDtypeStruct(x.tables.shape[1:], x.tables.dtype)
     made = explain(
@@ -178,7 +185,7 @@ def _served_by(work: Workload, implementation: str | None) -> str:
     return made.implementation or "nothing"
 
 
-def _configs(work: Workload, implementation: str | None) -> str:
+def _configs(work: Workload, implementation: Names) -> str:
     """Which configs serve, and whence they come."""
     found = []
     for question in tune.questions_of(work, implementation):

@@ -2,7 +2,8 @@
 
 Rows of few new tokens go to a decode kernel, the others to a prefill kernel. Each is Hopper's own
 where that can serve, else the portable one. `check` tells which do, or declines with a reason,
-`schedule` divides a batch between them and over the multiprocessors, and `run` serves it so.
+`hold_back` whether they have run on such a device, `schedule` divides a batch between them and over
+the multiprocessors, and `run` serves it so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from paxattn.attention import tuning
 from paxattn.attention.checks import Request
 from paxattn.attention.mosaic_gpu import config, prefill_config, tunable
 from paxattn.attention.mosaic_gpu.config import DTYPES, HEAD_DIMS, short_q_len
@@ -42,7 +44,7 @@ def check(request: Request | None, target: Target) -> str:
     """
     card = _card(target)
     if request is None:
-        return _offer(card)
+        return _offer(card, target.device_kind)
     if request.dtype not in DTYPES:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
@@ -71,11 +73,46 @@ def check(request: Request | None, target: Target) -> str:
     return f"; rows of at most {parts.short}: ".join(told)
 
 
-def _offer(card: Card) -> str:
+def hold_back(request: Request, target: Target) -> str:
+    """Says why a request should not be served by default, or "".
+
+    A kernel that was never seen to be right on a kind of device is not for those who have not asked
+    for it. Tuning checks what it times against the reference, so the table of tuned configs tells.
+
+    Args:
+        request: what is asked, accepted by `check`.
+        target: what for.
+
+    Returns:
+        The reason.
+    """
+    parts, kind = _divide(request, _card(target)), target.device_kind
+    needed = []
+    if parts.decode is not None:
+        needed.append(tunable.decode_name(parts.decode.card))
+    if parts.prefill is not None:
+        needed.append(tunable.prefill_name(parts.prefill.card))
+    seen = tuning.measured_on(kind, page_dtype=request.page_dtype)
+    new = [name for name in needed if name not in seen]
+    if not new:
+        return ""
+    option = "" if request.page_dtype is None else f" --kv-dtype {request.page_dtype}"
+    return (
+        f"{' and '.join(new)} can serve this, but the table of tuned configs shows no run on "
+        f"{kind}: `paxattn bench --tune{option}` checks it there and makes it the default, "
+        "implementation='mosaic_gpu' asks for it as it is"
+    )
+
+
+def _offer(card: Card, kind: str) -> str:
     """What there is for a card."""
     pages = "pages of floats"
     if jax.__version_info__ >= (0, 11):
         pages += ", int8 and fp8" if card.fp8 else " and int8"
+    hopper = None if card.hopper else card
+    names = {tunable.decode_name(hopper), tunable.prefill_name(hopper)}
+    if not names <= tuning.measured_on(kind, page_dtype=None):
+        pages += "; the default once `paxattn bench --tune` has checked them here"
     if card.hopper:
         return f"decode and prefill kernels for NVIDIA Hopper GPUs; {pages}"
     copies = "TMA" if card.tma else "cp.async"

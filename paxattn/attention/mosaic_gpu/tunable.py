@@ -51,6 +51,16 @@ def decode_candidates(
             yield config
 
 
+def decode_name(card: Card | None) -> str:
+    """What tables call the portable decode kernel, or with None that for Hopper."""
+    return "mosaic_gpu.decode" if card is None else "mosaic_gpu.portable_decode"
+
+
+def prefill_name(card: Card | None) -> str:
+    """The same of the prefill kernels."""
+    return "mosaic_gpu.prefill" if card is None else "mosaic_gpu.portable_prefill"
+
+
 def decode_config(
     card: Card | None = None, *, device: str, dtype: str, rows: int, head_dim: int, page_size: int,
     num_sms: int = 132, split: int | None = None, page_dtype: str | None = None,
@@ -82,7 +92,7 @@ def decode_config(
         candidates = portable.decode_configs(card, **sizes)
         default = candidates[0]
     return tuning.pick(
-        "mosaic_gpu.decode" if card is None else "mosaic_gpu.portable_decode",
+        decode_name(card),
         device=device,
         key=tuning.key_of(
             page_dtype, dtype=dtype, head_dim=head_dim, page_size=page_size, rows=rows
@@ -145,7 +155,7 @@ def prefill_config(
         candidates = portable.prefill_configs(card, **sizes, page_size=page_size)
         default = candidates[0]
     return tuning.pick(
-        "mosaic_gpu.prefill" if card is None else "mosaic_gpu.portable_prefill",
+        prefill_name(card),
         device=device,
         key=tuning.key_of(page_dtype, dtype=dtype, head_dim=head_dim, page_size=page_size),
         default=default,
