@@ -154,6 +154,8 @@ LLAMA = dict(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_heads=32, num_kv_heads=8,
     head_dim=128,
 )  # fmt: skip
+# Bytes: of queries, keys and values, of their result, and of the three of the MLP.
+LAYER_WEIGHTS = 2 * 4096 * ((32 + 2 * 8) * 128 + 4096 + 3 * 14_336)
 
 
 def decode_step(num_layers, num_pages, page_size, page_dtype):
@@ -250,7 +252,10 @@ def test_a_decode_step_updates_the_pool_in_place_and_materialises_nothing_large(
     pool = tokens * quantized.head_bytes(LLAMA["head_dim"], page_dtype)
     assert facts["alias"] >= 2 * num_layers * pool
     logits = ROWS * LLAMA["vocab_size"] * 4
-    assert facts["temp"] < (pool if pool > 2 * logits else pool + logits)
+    most = pool if pool > 2 * logits else pool + logits
+    if name.startswith("tpu7x"):  # puts weights into other tiles before any scan over them
+        most += num_layers * LAYER_WEIGHTS
+    assert facts["temp"] < most
     # Nothing of [batch, max context] but the block tables, in whatever shape.
     sizes = [math.prod(map(int, shape.split(","))) for shape in facts["shapes"]]
     assert max(size for size in sizes if size % MAX_PAGES == 0) <= ROWS * MAX_PAGES
