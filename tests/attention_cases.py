@@ -339,10 +339,10 @@ _LENS = (
     MIXED,
     EDGES,
     dict(q_lens=(1, 3, 64, 3, 64), kv_lens=(339, 1024, 800, 799, 2048)),
-    dict(q_lens=(1,) * 77, kv_lens=tuple(range(60, 137))),
+    dict(q_lens=(1,) * 77, kv_lens=tuple(range(1, 78))),
     dict(q_lens=(129, 129), kv_lens=(1099, 1099)),
     dict(q_lens=(1,) * 24 + (3,) * 12, kv_lens=(100,) * 24 + (300,) * 12),
-    dict(q_lens=(17,) * 4 + (1,) * 10, kv_lens=(1500,) * 4 + (256,) * 10),
+    dict(q_lens=(17,) * 4 + (1,) * 10, kv_lens=(600,) * 4 + (100,) * 10),
 )
 
 

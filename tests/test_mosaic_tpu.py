@@ -212,6 +212,7 @@ def test_matches_oracle_and_reads_no_poison(case):
 
 @pytest.mark.kernels
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # (a batch of many rows with scales takes minutes of bookkeeping)
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_whole_grid(case):
     inputs = cases.make(case)
