@@ -46,16 +46,18 @@ def compile_programs(
     """Compiles the named programs of a test module, for a target, in a process of its own.
 
     Returns:
-        By name: `kernels`, a list of dicts with `name`, `registers`, `spills` (bytes) and `shared`
-        (bytes of shared memory, the most of kernels of that name; jax 0.10 does not tell: 0); a
-        kernel that an earlier program has too is not listed again. Of the whole program `temp` and
-        `alias`, in bytes, `shapes` of all arrays ("2,3"), and `scopes`, the functions that
-        something compiled was made by, of which `looped` are inside a loop.
+        By name: `kernels`, a list of dicts with `name`, `registers`, `spills` (bytes), `shared`
+        (bytes of shared memory, the most of kernels of that name; jax 0.10 does not tell: 0) and
+        `aligned` (bytes of which TMA's boxes in shared memory begin at multiples, or None where
+        there are none); a kernel that an earlier program has too is not listed again. Of the whole
+        program `temp` and `alias`, in bytes, `shapes` of all arrays ("2,3"), and `scopes`, the
+        functions that something compiled was made by, of which `looped` are inside a loop.
     """
     with tempfile.TemporaryDirectory() as dump:
         settings = dict(
             JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",  # (the libraries it looks for do not matter here)
             MOSAIC_GPU_DUMP_TO=dump,
+            MOSAIC_GPU_DUMP_PTX="1",
             MOSAIC_GPU_DUMP_PTXAS="1",
             TF_CPP_MIN_LOG_LEVEL="3",
             PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
@@ -89,11 +91,62 @@ def _read_dump(folder: Path) -> list[dict]:
                 registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
                 spills=sum(map(int, spilled)),
                 shared=shared[name] if shared else 0,
+                aligned=box_alignment(path.with_suffix(".ptx").read_text()),
             )
         )
     for path in folder.iterdir():
         path.unlink()
     return kernels
+
+
+_ANY = 1 << 20  # as a multiple: nothing was found yet that is none of it
+_BOXES = (  # loads and stores
+    r"cp\.async\.bulk\.tensor\S+\.shared::\w+\.global\S*\s+\[(%\w+)\]",
+    r"cp\.async\.bulk\.tensor\S+\.global\.shared\S*\s+\[[^\]]*\],\s*\[(%\w+)\]",
+)
+
+
+def box_alignment(ptx: str) -> int | None:
+    """The largest power of 2 that all shared addresses of TMA's tensor copies are multiples of.
+
+    That is, as far as constants in their arithmetic tell. (Shared memory itself begins at one of
+    1024.) The hardware asks for 128, and neither interpreter nor compiler looks.
+    """
+    written: dict[str, list[tuple[str, list[str]]]] = {}
+    for op, register, operands in re.findall(r"^\s*([a-z][\w.]*)\s+(%\w+), (.*);", ptx, re.M):
+        written.setdefault(register, []).append((op.split(".")[0], operands.split(", ")))
+    multiple = dict.fromkeys(written, _ANY)
+
+    def of(operand: str) -> int:
+        if re.fullmatch(r"-?\d+", operand):
+            return int(operand) & -int(operand) or _ANY
+        return 1024 if "shmem" in operand else multiple.get(operand, 1)
+
+    def result(op: str, operands: list[str]) -> int:
+        found = [of(x) for x in operands]
+        match op:
+            case "mov" | "cvt":
+                return found[0]
+            case "add" | "sub" | "or" | "xor" | "min" | "max" | "selp":
+                return min(found[:2])
+            case "mul":
+                return min(found[0] * found[1], _ANY)
+            case "mad":
+                return min(found[0] * found[1], found[2])
+            case "shl" if operands[1].isdigit():
+                return min(found[0] << int(operands[1]), _ANY)
+            case "and":
+                return max(found)
+        return 1
+
+    changed = True
+    while changed:  # (registers of loops are written more than once)
+        changed = False
+        for register, ways in written.items():
+            least = min(multiple[register], *(result(*way) for way in ways))
+            changed |= least != multiple[register]
+            multiple[register] = least
+    return min((of(x) for pattern in _BOXES for x in re.findall(pattern, ptx)), default=None)
 
 
 def _kernel_name(path: Path) -> str:

@@ -217,6 +217,7 @@ def check_kernel(case, facts):
     # A thread block is 256 threads; a multiprocessor has 65536 registers and 227 KiB.
     assert found["registers"] <= 65536 // 256 // per_sm
     assert found["shared"] <= 227 * 1024 // per_sm - 1024  # (1 KiB of each is the system's)
+    assert found["aligned"] >= 128
 
 
 def test_kernels_within_budget():

@@ -207,6 +207,7 @@ def check(card, kernel, facts, per_sm):
     shared = named[kernel]["shared"]
     assert shared > 0
     assert (shared + 1024) * per_sm <= card.shared_bytes
+    assert not card.tma or named[kernel]["aligned"] >= 128
 
 
 @pytest.mark.parametrize("target", CARDS)

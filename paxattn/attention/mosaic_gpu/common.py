@@ -104,6 +104,16 @@ def load_scales(ref: Any) -> jax.Array:
     return load(ref, plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
 
 
+def fetch(source: Any, target: Any, there: Any) -> None:
+    """Asks TMA for a page, or for its scales, which lie in the pool as they are copied.
+
+    The promise (page numbers are clamped) makes of scales, which have no swizzle, a plain bulk copy
+    to any multiple of 16 bytes. As a box of a tensor they could only go to multiples of 128, and a
+    page's scales are fewer: anywhere else the kernel dies of a misaligned address.
+    """
+    plgpu.copy_gmem_to_smem(source, target, there, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+
 def barriers(count: int, arrivals: int = 1) -> Any:
     """An array of barriers (jax 0.10 and 0.11 differ on what no number means)."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)

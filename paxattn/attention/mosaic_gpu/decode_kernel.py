@@ -69,6 +69,7 @@ from paxattn.attention.mosaic_gpu.common import (
     LOWEST,
     across,
     capped,
+    fetch,
     load,
     load_scales,
     store,
@@ -143,7 +144,7 @@ def produce(x: Inputs, s: Scratch, first: jax.Array, last: jax.Array, t: Tile) -
                     for pool, ring in pools:
                         source = pool.at[layer, page, item.head, inside]
                         to = ring.at[at, pl.ds(p * size, size)]
-                        plgpu.copy_gmem_to_smem(source, to, full.at[at])
+                        fetch(source, to, full.at[at])
 
             scales = [(x.k_scales, s.k_scales), (x.v_scales, s.v_scales)]
             copy(s.k_free, s.k_full, (x.k_pages, s.k), *scales[: t.num_scales])

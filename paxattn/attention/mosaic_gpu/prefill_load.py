@@ -28,6 +28,7 @@ from jax import lax
 from paxattn.attention.mosaic_gpu.common import (
     barriers,
     copy_layout,
+    fetch,
     load,
     narrow_operand,
     operand,
@@ -141,7 +142,7 @@ def produce(s: Static, refs: Refs, smem: Scratch) -> None:
                         if copy < s.page_size:
                             source = source.at[pl.ds(part * copy, copy)]
                         target = to.at[slot, pl.ds(i * copy, copy)]
-                        plgpu.copy_gmem_to_smem(source, target, there.at[slot])
+                        fetch(source, target, there.at[slot])
             return filled + 1
 
         return lax.fori_loop(0, walk.blocks, step, filled)
