@@ -13,6 +13,7 @@ which runs this file.
 
 from __future__ import annotations
 
+import collections
 import importlib
 import importlib.util
 import json
@@ -51,7 +52,8 @@ def compile_programs(
         `aligned` (bytes of which TMA's boxes in shared memory begin at multiples, or None where
         there are none); a kernel that an earlier program has too is not listed again. Of the whole
         program `temp` and `alias`, in bytes, `shapes` of all arrays ("2,3"), and `scopes`, the
-        functions that something compiled was made by, of which `looped` are inside a loop.
+        functions that something compiled was made by, of which `looped` are inside a loop, and
+        `launches` says how many kernels of a loop's body each of those made.
     """
     with tempfile.TemporaryDirectory() as dump:
         settings = dict(
@@ -159,6 +161,12 @@ def _functions(paths: Iterable[str]) -> list[str]:
     return sorted({name for path in paths for name in re.findall(r"\w+", path)})
 
 
+def _launches(text: str) -> dict[str, int]:
+    """By function, how many fusions and calls in the bodies of loops it made."""
+    made = re.findall(r' (?:fusion|custom-call)\(.*op_name="[^"]*while/body([^"]*)"', text)
+    return collections.Counter(name for path in made for name in _functions([path]))
+
+
 def _main(target: str, module: str, *names: str) -> None:
     import jax
     from jax.experimental import topologies
@@ -190,6 +198,7 @@ def _main(target: str, module: str, *names: str) -> None:
             shapes=sorted(set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))),
             scopes=_functions(paths),
             looped=_functions(p.split("while/body", 1)[1] for p in paths if "while/body" in p),
+            launches=_launches(text),
             kernels=_read_dump(Path(os.environ["MOSAIC_GPU_DUMP_TO"])),
             temp=memory.temp_size_in_bytes,
             alias=memory.alias_size_in_bytes,

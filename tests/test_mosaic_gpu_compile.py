@@ -251,5 +251,8 @@ def test_whole_op():
         assert facts["temp"] < L * N * 8 * 16 * 80 * 2, name  # one pool, the smallest of these
     pool = 4 * N * 8 * 16 * 128 * 2
     assert found["decode_layers"]["alias"] >= 2 * pool
+    # In each layer: numbers and queries are laid out, attended to, and pieces merged. (What comes
+    # back is put in place by the kernel that needs it.)
+    assert found["decode_layers"]["launches"]["attend_batch"] <= 4
     if "quantized_layers" in found:
         assert found["quantized_layers"]["alias"] >= pool
