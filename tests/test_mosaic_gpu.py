@@ -245,3 +245,18 @@ def test_layers_with_the_same_window_share_a_schedule():
     whole, loop = program_of_step(num_tokens=4, max_q_len=1, windows=(0, 32, 0))
     assert whole.count("name=plan_batch") == 2
     assert "plan_batch" not in loop
+
+
+def test_pieces_of_any_number_are_merged_in_one_launch():
+    """CUDA's grids are long along their first axis only (Pallas' last), else up to 65,535."""
+    from paxattn.attention.mosaic_gpu.merge import merge
+
+    slots = 64 * 8 * 256  # rows x KV heads x pieces, as of 131,072 tokens cut at multiples of 512
+    shape = jax.ShapeDtypeStruct
+    parts = shape((slots, 128, 16), jnp.float32), shape((slots, 16), jnp.float32)
+    counts = shape((slots,), jnp.int32)
+    traced = jax.make_jaxpr(lambda *args: merge(*args, out_dtype=jnp.bfloat16))(*parts, counts)
+    grid = re.search(r"grid=\(([\d, ]+)\)", str(traced))[1]
+    *others, last = map(int, grid.split(","))
+    assert last == slots
+    assert max(others) <= 65535

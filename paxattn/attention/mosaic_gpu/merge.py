@@ -97,8 +97,9 @@ def merge(
             jax.ShapeDtypeStruct(o_parts.shape, out_dtype),
             jax.ShapeDtypeStruct(lse_parts.shape, jnp.float32),
         ),
-        grid=(slots, dim_v // columns),
-        grid_names=("slot", "part"),
+        # (The last axis is CUDA's first, the only one that can have more than 65,535 blocks.)
+        grid=(dim_v // columns, slots),
+        grid_names=("part", "slot"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else dict(interpret=interpret)),
     )(o_parts, lse_parts, counts)
