@@ -335,6 +335,7 @@ A100 = Target(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB")
         ("NVIDIA GeForce RTX 5090", r"sm_120 \(TMA"),
         ("Tesla T4", "came with Ampere: Tesla T4 is older"),
         ("Tesla V100-SXM2-16GB", "is older"),
+        ("Quadro RTX 4000", "is older"),
         ("Radeon", r"from Ampere on .*, not Radeon"),
         ("NVIDIA H200", "kernels for NVIDIA Hopper GPUs"),
     ],

@@ -78,8 +78,10 @@ def card_of(device_kind: str) -> Card | None:
         device_kind: the maker's name of it.
 
     Returns:
-        The card, or None for one that is not known.
+        The card, or None for one that is not known, or is too old.
     """
+    if is_older(device_kind):  # (of the Quadro RTX 4000, a part is the name of an Ada card)
+        return None
     return next((card for name, card in _CARDS if re.search(name, device_kind)), None)
 
 
