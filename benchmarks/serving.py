@@ -188,12 +188,11 @@ def latency(model: Any, rounds: int) -> None:
         k, v = (jax.random.normal(jax.random.key(i), shape) for i in (1, 2))
         first = jnp.arange(BATCH, dtype=jnp.int32)
         params = row_sampling([SamplingParams()] * BATCH, BATCH)
-        seen = jnp.zeros((BATCH, config.vocab_size), bool)
 
-        def run_dense(k=k, v=v, first=first, params=params, seen=seen, context=context) -> float:
+        def run_dense(k=k, v=v, first=first, params=params, context=context) -> float:
             caches = jax.block_until_ready((k + 0, v + 0))
             lens = jnp.full(BATCH, context, jnp.int32)
-            return timed(lambda: dense_decode(model, caches, first, lens, params, seen)[2])[0]
+            return timed(lambda: dense_decode(model, caches, first, lens, params)[2])[0]
 
         def run_paged(state=state) -> float:
             own = jax.block_until_ready(jax.tree.map(lambda x: x + 0, state))

@@ -99,7 +99,7 @@ def make_state(config: DecoderConfig, batch: int, context: int, steps: int, dtyp
         max_new_tokens=jnp.full(batch, steps + 1, jnp.int32),  # (nobody ends)
         stop_ids=jnp.full((batch, 8), -1, jnp.int32),
         sampling=row_sampling([SamplingParams()] * batch, batch),
-        seen=jnp.zeros((batch, config.vocab_size), bool),
+        counts=jnp.zeros((batch, config.vocab_size), jnp.int32),
         tokens=jnp.zeros((batch, steps + 1), jnp.int32),
         logprobs=jnp.zeros((batch, steps + 1), jnp.float32),
         use=no_use(),
@@ -157,7 +157,9 @@ def _sample(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeState
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         logits, _ = carry
-        tokens, logprobs = sample(logits, state.sampling, state.num_generated + i, state.seen)
+        tokens, logprobs = sample(
+            logits, state.sampling, state.num_generated + i, lambda: state.counts
+        )
         return logits.at[:, 0].add(logprobs), tokens
 
     _, tokens = lax.fori_loop(0, steps, body, (logits, state.last_token))
