@@ -12,8 +12,10 @@ end_to_end  `generate` beside Hugging Face on the same weights
 
 Nothing is installed. A peer is timed if it can be imported, or lies in the folder of peers (see
 `gpu_sections/torch_peers.py`); one that is not is named as skipped. Every section is a process of
-its own with a time limit, since a kernel that hangs or faults takes its process along; its rows are
-written as they come, and the JSON after every section.
+its own, since a kernel that hangs or faults takes its process along: what it was measuring is named
+as failed, and another process goes on behind it. Rows are written as they come, and the JSON after
+every section. The sections that are asked for share the time by their weights, and what one leaves
+goes to those after it.
 """
 
 from __future__ import annotations
@@ -29,34 +31,78 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SECONDS = {
-    "device": 20,
-    "decode": 130,
-    "correct": 70,
-    "prefill": 50,
-    "step": 100,
-    "end_to_end": 100,
+SECONDS = {  # their weights, and what the longest single measurement of each may take
+    "device": (20, 30),
+    "decode": (150, 40),
+    "correct": (70, 40),
+    "prefill": (50, 40),
+    "step": (90, 120),
+    "end_to_end": (90, 120),
 }
 
 
-def run_section(name: str, rows: Path, args: argparse.Namespace, seconds: float) -> dict:
-    """In a process of its own. Returns its rows, its seconds, and how it ended if not well."""
-    command = [sys.executable, __file__, "--section", name, "--rows", str(rows)]
+def run_section(
+    name: str, journal: Path, args: argparse.Namespace, seconds: float, patience: float
+) -> dict:
+    """In a process of its own, and in another behind a measurement that took the first along.
+
+    Returns:
+        Its rows, its seconds, and how it ended if not well.
+    """
+    begun = time.monotonic()
+    until = begun + seconds
+    journal.touch()
+    while True:
+        before = journal.stat().st_size
+        ended = _run_process(name, journal, args, until, patience)
+        lines = _lines(journal)
+        if lines and "begin" in lines[-1]:
+            row = lines[-1]["begin"]
+            with journal.open("a") as file:
+                failed = {"row": row | {"error": ended or "it ended"}, "of": row, "found": None}
+                file.write(json.dumps(failed) + "\n")
+        left = until - time.monotonic()
+        if not ended or left < 5 or journal.stat().st_size == before:
+            break
+    rows: list[dict] = []
+    for line in _lines(journal):
+        if "row" in line and line["row"] not in rows:  # (each process begins with the same ones)
+            rows.append(line["row"])
+    took = round(time.monotonic() - begun, 1)
+    return {"seconds": took, "rows": rows, **({"ended": ended} if ended else {})}
+
+
+def _run_process(
+    name: str, journal: Path, args: argparse.Namespace, until: float, patience: float
+) -> str:
+    """How it ended; "": well."""
     # The section stops by itself before it is killed.
+    seconds = until - time.monotonic()
+    command = [sys.executable, __file__, "--section", name, "--journal", str(journal)]
     command += ["--seconds", str(0.9 * seconds), "--peers", str(args.peers)]
     command += ["--tiny"] if args.tiny else []
-    begun, ended = time.monotonic(), ""
     process = subprocess.Popen(command, env=os.environ | environment(args.tiny))
-    try:
-        code = process.wait(seconds)
-        ended = f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired:
+    size, since = -1, time.monotonic()
+    while True:
+        try:
+            code = process.wait(0.2)
+            return f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        if journal.stat().st_size != size:
+            size, since = journal.stat().st_size, now
+            measuring = any("begin" in line for line in _lines(journal)[-1:])
+        if now < until and (not measuring or now - since < patience):
+            continue
         process.kill()
         process.wait()
-        ended = f"killed after {seconds:.0f} s"
-    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    took = round(time.monotonic() - begun, 1)
-    return {"seconds": took, "rows": found, **({"ended": ended} if ended else {})}
+        return f"killed: no end after {now - since:.0f} s"
+
+
+def _lines(journal: Path) -> list[dict]:
+    """What is complete of a journal; see `Context`."""
+    text = journal.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def environment(tiny: bool) -> dict[str, str]:
@@ -73,17 +119,19 @@ def child(args: argparse.Namespace) -> None:
 
     from paxattn.attention import tuning
 
-    with args.rows.open("w") as file:
+    known = [line for line in _lines(args.journal) if "of" in line]
+    with args.journal.open("a") as file:
 
-        def emit(row: dict) -> None:
-            file.write(json.dumps(row) + "\n")
+        def note(line: dict) -> None:
+            file.write(json.dumps(line) + "\n")
             file.flush()
 
         context = Context(
             tiny=args.tiny,
             peers=args.peers,
-            emit=emit,
+            note=note,
             until=time.monotonic() + args.seconds,
+            known={json.dumps(line["of"]): line["found"] for line in known},
         )
         section = importlib.import_module(f"gpu_sections.{args.section}")
         with tuning.use(tuning.read(tuning.PACKAGE_TABLE)):  # (not that of whoever measures)
@@ -109,8 +157,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=HERE / "peers", help="folder of peers")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, the reference, no GPU")
-    for name in ("section", "rows", "seconds"):  # (of a process for a section)
-        kind = {"rows": Path, "seconds": float}.get(name, str)
+    for name in ("section", "journal", "seconds"):  # (of a process for a section)
+        kind = {"journal": Path, "seconds": float}.get(name, str)
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("COLUMNS", "150")  # (tables, where there is no terminal)
@@ -123,13 +171,15 @@ def main() -> None:
     results: dict[str, dict] = {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in sections:
+        for i, name in enumerate(sections):
+            weight, patience = SECONDS[name]
             left = until - time.monotonic()
-            seconds = left if args.tiny else min(SECONDS[name], left)
+            share = left * weight / sum(SECONDS[other][0] for other in sections[i:])
+            seconds, patience = (left, left) if args.tiny else (share, patience)
             if seconds < 5:
                 results[name] = {"seconds": 0, "rows": [], "ended": "not begun: no time left"}
             else:
-                results[name] = run_section(name, Path(folder, name), args, seconds)
+                results[name] = run_section(name, Path(folder, name), args, seconds, patience)
             args.out.write_text(json.dumps({"tiny": args.tiny, **results}, indent=1) + "\n")
             tables(name, results[name])
     print(f"wrote {args.out}")

@@ -32,23 +32,19 @@ def compare(
         peers: by name.
         figures: what to make of the seconds.
     """
-    ours: list[float] = []
     made: list[Inputs] = []
 
-    def row(timer: Timer) -> dict:
+    def row(timer: Timer, ours: float | None) -> dict:
         made[:] = made or [make()]
         seconds, error = timer(work, made[0])
-        ours[:] = ours or [seconds]
-        return {
-            "us": seconds * 1e6,
-            **figures(work, seconds),
-            "time over ours": seconds / ours[0],
-            "max error": error,
-        }
+        us = seconds * 1e6
+        over = 1.0 if ours is None else us / ours
+        return {"us": us, **figures(work, seconds), "time over ours": over, "max error": error}
 
-    if context.attempt(case | {"attention": "paxattn"}, partial(row, partial(_ours, context))):
+    own = partial(row, partial(_ours, context), None)
+    if found := context.attempt(case | {"attention": "paxattn"}, own):
         for name, timer in peers.items():
-            context.attempt(case | {"attention": name}, partial(row, timer))
+            context.attempt(case | {"attention": name}, partial(row, timer, found["us"]))
 
 
 def _ours(context: Context, work: Workload, inputs: Inputs) -> tuple[float, float]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from paxattn.attention.measure import Inputs, Workload
@@ -17,39 +20,62 @@ from paxattn.attention.measure import Inputs, Workload
 
 @dataclass(frozen=True)
 class Context:
-    """Of one section's process."""
+    """Of one section's process.
+
+    Its journal has a line {"row": ...} for every row, {"begin": row} before each measurement, and
+    {"row": ..., "of": row, "found": ...} after it. From those of an earlier process that died,
+    `known` says what was found (None: nothing), by the JSON of the row that was begun.
+    """
 
     tiny: bool
     peers: Path
-    emit: Callable[[dict], None]
+    note: Callable[[dict], None]
     until: float
+    known: Mapping[str, dict | None]
 
     @property
     def implementation(self) -> str:
         """The one that is measured."""
         return "reference" if self.tiny else "mosaic_gpu"
 
+    def emit(self, row: dict) -> None:
+        """Writes a row."""
+        self.note({"row": row})
+
     def attempt(self, row: dict, measure: Callable[[], dict]) -> dict | None:
         """Emits a row with what `measure` finds, or with why it found nothing (and returns None).
 
-        One failure must not cost the section its other rows.
+        One failure must not cost the section its other rows: what was attempted before, by another
+        process, is not attempted again.
         """
+        key = json.dumps(row)
+        if key in self.known:
+            return self.known[key]
         if time.monotonic() > self.until:
             self.emit(row | {"skipped": "no time left"})
             return None
         # The last of these lines tells what a process that had to be killed was doing.
         print(f"  {' '.join(map(str, row.values()))}", file=sys.stderr, flush=True)
+        self.note({"begin": row})
+        found = None
         try:
-            found = measure()
+            found = told = measure()
         except NotImplementedError as why:
-            self.emit(row | {"declined": " ".join(str(why).split())[:400]})
-            return None
+            told = {"declined": " ".join(str(why).split())[:400]}
         except Exception as error:
-            text = " ".join(str(error).split())
-            self.emit(row | {"error": f"{type(error).__name__}: {text[:400]}"})
-            return None
-        self.emit(row | found)
+            told = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        self.note({"row": row | told, "of": row, "found": found})
+        if "error" in told and not _device_works():
+            os._exit(1)  # (an orderly exit may wait for the device for ever)
         return found
+
+
+def _device_works() -> bool:
+    """Whether it still computes: after a fault in a kernel nothing does in this process."""
+    try:
+        return float(jnp.sum(jnp.ones(8))) == 8
+    except Exception:
+        return False
 
 
 def workload(rows: list[tuple[int, int]], *, tiny: bool, **changes) -> Workload:

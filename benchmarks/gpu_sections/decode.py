@@ -28,24 +28,30 @@ def conversation(count: int) -> list[tuple[int, int]]:
 
 BATCHES = {
     "64x4k": [(1, 4096)] * 64,
-    "8x1k": [(1, 1024)] * 8,
     "32x1k": [(1, 1024)] * 32,
     "8x32k": [(1, 32768)] * 8,
     "128x4k": [(1, 4096)] * 128,
     "1x128k": [(1, 131072)],
     "1x128k+31x4k": [(1, 131072)] + [(1, 4096)] * 31,
+    "8x1k": [(1, 1024)] * 8,
     "16x2k": [(1, 2048)] * 16,
     "64 conversations": conversation(64),
 }
-CASES = [(name, 32, 8, 16) for name in BATCHES]
-CASES += [("64x4k", 32, 8, page) for page in (64, 128)]
-CASES += [("64x4k", *heads, 16) for heads in ((32, 4), (64, 8), (32, 32))]
-CASES += [(name, 32, 8, page) for page in (64, 128) for name in ("8x1k", "8x32k")]
-CASES += [(name, *heads, 16) for heads in ((32, 4), (64, 8), (32, 32)) for name in ("8x1k",)]
-QUANTIZED = [
-    (name, 32, 8, page, page_dtype)
-    for page_dtype in ("float8_e4m3fn", "int8")
-    for name, page in (("64x4k", 16), ("64x4k", 128), ("8x1k", 16), ("8x32k", 16))
+HEADS = ((32, 4), (64, 8), (32, 32))
+QUANTIZED = {"float8_e4m3fn": ("FlashAttention-3",), "int8": ()}  # (peers that know such pages)
+CASES = [
+    ("64x4k", 32, 8, 16, None),
+    *(("64x4k", 32, 8, 16, dtype) for dtype in QUANTIZED),
+    *((name, 32, 8, 16, None) for name in BATCHES if name != "64x4k"),
+    *(("64x4k", 32, 8, page, None) for page in (64, 128)),
+    *(("64x4k", *heads, 16, None) for heads in HEADS),
+    *((name, 32, 8, page, None) for page in (64, 128) for name in ("8x1k", "8x32k")),
+    *(("8x1k", *heads, 16, None) for heads in HEADS),
+    *(
+        (name, 32, 8, page, dtype)
+        for name, page in (("64x4k", 128), ("8x1k", 16), ("8x32k", 16))
+        for dtype in QUANTIZED
+    ),
 ]
 
 
@@ -57,9 +63,7 @@ def run(context: Context) -> None:
         rate = work.num_bytes / seconds / 1e9
         return {"GB/s": rate, "of read bandwidth": rate / read}
 
-    wanted = [(*case, None) for case in CASES] + QUANTIZED
-    wanted = [*wanted[:3], wanted[-1]] if context.tiny else wanted
-    for name, heads, kv_heads, page, page_dtype in wanted:
+    for name, heads, kv_heads, page, page_dtype in CASES[: 4 if context.tiny else None]:
         work = workload(
             BATCHES[name], tiny=context.tiny, num_q_heads=heads, num_kv_heads=kv_heads,
             page_size=page, page_dtype=page_dtype,
@@ -68,8 +72,9 @@ def run(context: Context) -> None:
         make = partial(measure.make_inputs, work, multiple=16 if pages < 128 else 128)
         case = {"case": name, "heads": f"{heads}/{kv_heads}", "page": page}
         case |= {"pages": page_dtype or work.dtype}
-        compare(context, case, work, make, {} if page_dtype else peers, figures)
-        if (name, heads, kv_heads, page) == CASES[0]:
+        beside = {who: peers[who] for who in QUANTIZED.get(page_dtype, peers) if who in peers}
+        compare(context, case, work, make, beside, figures)
+        if (name, heads, kv_heads, page, page_dtype) == CASES[0]:
             context.attempt({"profile of": name}, partial(_profile, context, work, make))
 
 

@@ -13,13 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from gpu_sections import step
 from gpu_sections.context import Context
-from paxattn import generate, load
+from paxattn import generate
 from paxattn.models import Decoder
+from paxattn.models.config import read_config
+from paxattn.models.weights import Weights
 
 LLAMA_8B = dict(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -68,18 +72,47 @@ def _their_model(shape: dict[str, int], tiny: bool) -> Any:
 
 
 def _our_model(context: Context, theirs: Any) -> Decoder:
-    """The same weights, by way of a checkpoint in memory; random ones without Hugging Face."""
+    """The same weights; random ones without Hugging Face."""
     dtype = "float32" if context.tiny else "bfloat16"
     if theirs is None:
         config = step.TINY if context.tiny else step.LLAMA_8B
         model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
     else:
-        memory = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as folder:
-            theirs.save_pretrained(folder)
-            model = load(folder, dtype=dtype).model
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.config.save_pretrained(folder)
+            config = read_config(Path(folder))
+        model = Decoder(config, dtype=dtype, weights=_weights_of(theirs))
     model.implementation = (context.implementation, "reference")
     return model
+
+
+# Ours: theirs of which it is made, without what their names begin with in a layer.
+PARTS = {
+    "embed": ("model.embed_tokens.weight",),
+    "norm": ("model.norm.weight",),
+    "head": ("lm_head.weight",),
+    "qkv": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+    "o": ("self_attn.o_proj.weight",),
+    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down": ("mlp.down_proj.weight",),
+    "attention_norm": ("input_layernorm.weight",),
+    "mlp_norm": ("post_attention_layernorm.weight",),
+}
+
+
+def _weights_of(model: Any) -> Weights:
+    """A Llama's weights, where they are: by way of files, 16 GB would take most of the time."""
+    tensors = {name: jnp.from_dlpack(x.detach()) for name, x in model.state_dict().items()}
+
+    def weights(name: str, layer: int | None, shape: tuple[int, ...]) -> jax.Array:
+        place = "" if layer is None else f"model.layers.{layer}."
+        parts = [tensors[place + part] for part in PARTS[name]]
+        if name == "qkv":  # by KV head: its queries, its key, its value
+            parts = [part.reshape(shape[0], -1, *shape[2:]) for part in parts]
+            return jnp.concatenate(parts, axis=1)
+        return jnp.stack(parts) if len(parts) > 1 else parts[0]
+
+    return weights
 
 
 def _their_runs(model: Any, prompts: np.ndarray, new: int, tiny: bool) -> dict[str, Callable]:

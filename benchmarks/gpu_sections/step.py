@@ -1,8 +1,9 @@
 """The whole jitted decode step of a model of Llama-3-8B's shape, and where its time goes.
 
 The parts are found by leaving some out of the same loop (attention, then the write too), and by
-loops of their own for the allocator and sampling; what remains are the matrices, norms and
-rotation. `of bound` compares the step with reading the weights and all keys and values once.
+loops of their own for the allocator, the schedule and sampling; what remains are the matrices,
+norms and rotation. `of bound` compares the step with reading the weights and all keys and values
+once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from paxattn import kv_cache, page_table
 from paxattn.decode_step import DecodeState, Status, decode
 from paxattn.kv_cache import KVCache
 from paxattn.models import Decoder, DecoderConfig
+from paxattn.nn import schedule_attention
 from paxattn.pool import Pool, make_room
+from paxattn.ragged import ragged_batch
 from paxattn.sampling import SamplingParams, row_sampling, sample
 from paxattn.step import no_use
 
@@ -84,8 +87,7 @@ def make_state(config: DecoderConfig, batch: int, context: int, steps: int, dtyp
     shape = (
         config.num_layers, num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim
     )  # fmt: skip
-    draw = jax.jit(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))
-    k, v = (draw(jax.random.key(i, impl="rbg")) for i in (0, 1))
+    k, v = (_draw(i, shape, dtype) for i in (0, 1))
     return DecodeState(
         pool=Pool(
             table=table,
@@ -104,6 +106,13 @@ def make_state(config: DecoderConfig, batch: int, context: int, steps: int, dtyp
         logprobs=jnp.zeros((batch, steps + 1), jnp.float32),
         use=no_use(),
     )
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _draw(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Random numbers, layer by layer: those that they are made of take twice their bytes."""
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), shape[0])
+    return lax.map(lambda key: jax.random.uniform(key, shape[1:], dtype, -1, 1), keys)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -150,6 +159,27 @@ def _allocate(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeSta
 
 
 @partial(jax.jit, donate_argnums=1)
+def _divide(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeState:
+    """Dividing the work of a step's attention, which its layers share, in a loop."""
+    table, one = state.pool.table, jnp.ones_like(state.status)
+
+    def divided(i: jax.Array) -> Any:
+        longer = dataclasses.replace(table, kv_lens=table.kv_lens + i)
+        return schedule_attention(
+            ragged_batch(longer, one, num_tokens=one.size, max_q_len=1),
+            state.pool.cache,
+            num_q_heads=model.config.num_heads,
+            dtype=model.embed[...].dtype,
+            implementation=model.implementation,
+        )
+
+    last = lax.fori_loop(0, steps, lambda i, _: divided(i), divided(jnp.int32(0)))
+    # (something that depends on all of it, or nothing would be computed)
+    total = sum((jnp.sum(x.astype(jnp.int32)) for x in jax.tree.leaves(last)), jnp.int32(0))
+    return dataclasses.replace(state, last_token=state.last_token + total)
+
+
+@partial(jax.jit, donate_argnums=1)
 def _sample(model: Decoder, state: DecodeState, steps: jax.Array) -> DecodeState:
     """Sampling from logits that depend on the last step's."""
     rows, vocabulary = state.status.size, model.config.vocab_size
@@ -172,6 +202,7 @@ def _parts(model, batch, stored, steps, dtype, read) -> dict:
         "no attention": partial(_steps, Without(model, write_only)),
         "no write": partial(_steps, Without(model, neither)),
         "allocator": partial(_allocate, model),
+        "schedule": partial(_divide, model),
         "sampling": partial(_sample, model),
     }
     state = make_state(model.config, batch, stored, steps, dtype)
@@ -188,12 +219,16 @@ def _parts(model, batch, stored, steps, dtype, read) -> dict:
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) - model.embed[...].nbytes
     num_bytes = weights + batch * (stored + steps / 2) * state.pool.cache.bytes_per_token
     parts = {
-        "attention": ms["step"] - ms["no attention"],
+        "attention": ms["step"] - ms["no attention"] - ms["schedule"],
         "write": ms["no attention"] - ms["no write"],
         "allocator": ms["allocator"],
+        "schedule": ms["schedule"],
         "sampling": ms["sampling"],
     }
     parts["matrices and the rest"] = ms["step"] - sum(parts.values())
+    parts["allocator, schedule and write"] = sum(
+        parts[name] for name in ("allocator", "schedule", "write")
+    )
     return {
         "ms": ms["step"],
         "tokens/s": batch / ms["step"] * 1e3,

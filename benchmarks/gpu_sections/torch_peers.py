@@ -11,6 +11,7 @@ Each call reads by the tables of another turn, as in `paxattn.attention.measure`
 
 from __future__ import annotations
 
+import dataclasses
 import lzma
 import statistics
 import tempfile
@@ -20,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gpu_sections.compare import REPEATS, Timer
 from gpu_sections.context import Context, host_error, transposed
@@ -52,9 +55,16 @@ def _to_torch(inputs: Inputs) -> dict[str, Any]:
     """Tensors of queries, pages [N, P, Hkv, D] and the rest."""
     import torch
 
+    def convert(array: jax.Array) -> Any:
+        if array.dtype != jnp.float8_e4m3fn:
+            return torch.from_dlpack(array)
+        # (Not every version of the protocol knows fp8.)
+        array = lax.bitcast_convert_type(array, jnp.uint8)
+        return torch.from_dlpack(array).view(torch.float8_e4m3fn)
+
     x = transposed(inputs, (0, 2, 1, 3))
     names = ("q", "k_pages", "v_pages", "tables", "kv_lens", "cu_q_lens")
-    return {name: torch.from_dlpack(getattr(x, name)) for name in names}
+    return {name: convert(getattr(x, name)) for name in names}
 
 
 def _time(
@@ -97,8 +107,13 @@ def _find_flash_attention(peers: Path) -> Timer:
     torch.ops.load_library(str(library))
 
     def timer(work: Workload, inputs: Inputs) -> tuple[float, float]:
+        inputs, scales = _one_scale(work, inputs)
         x = _to_torch(inputs)
         out, longest = torch.empty_like(x["q"]), max(stored for _, stored in work.rows)
+        q, descale = x["q"], None
+        if scales is not None:  # fp8 through and through
+            q = q.to(torch.float8_e4m3fn)
+            descale = torch.full((len(work.rows), work.num_kv_heads), scales, device="cuda")
 
         def call(table: Any) -> None:
             # k_new .. q_v; out; cu_q, cu_k, cu_k_new, used_q; used_k; longest q and k; the table;
@@ -106,15 +121,24 @@ def _find_flash_attention(peers: Path) -> Timer:
             # rotary_interleaved; scheduler's metadata, splits (0: its choice), pack_gqa, margin,
             # sinks, context parallelism.
             torch.ops._vllm_fa3_C.fwd(
-                x["q"], x["k_pages"], x["v_pages"], None, None, None, out, x["cu_q_lens"],
+                q, x["k_pages"], x["v_pages"], None, None, None, out, x["cu_q_lens"],
                 None, None, None, x["kv_lens"], work.max_q_len, longest, table,
-                None, None, None, None, None, None, None, None, work.head_dim**-0.5, True,
+                None, None, None, None, None, None, descale, descale, work.head_dim**-0.5, True,
                 -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,
             )  # fmt: skip
 
         return _time(work, inputs, out, [partial(call, table) for table in x["tables"]])
 
     return timer
+
+
+def _one_scale(work: Workload, inputs: Inputs) -> tuple[Inputs, float | None]:
+    """The same with one scale for all numbers, and that scale; of pages of floats None."""
+    if inputs.k_scales is None or inputs.v_scales is None:
+        return inputs, None
+    scale = float(inputs.k_scales[0].mean())  # (bf16, as all of them)
+    k_scales, v_scales = (jnp.full_like(x, scale) for x in (inputs.k_scales, inputs.v_scales))
+    return dataclasses.replace(inputs, k_scales=k_scales, v_scales=v_scales), scale
 
 
 def _find_flashinfer(peers: Path) -> Timer:
