@@ -247,9 +247,9 @@ def test_native_implementations_decline_by_name(name):
 
 
 def test_implementations_lists_this_machine():
-    listed = {name: (available, reason) for name, available, reason in implementations()}
+    listed = {name: (serves, reason) for name, serves, reason in implementations()}
     assert list(listed) == ["mosaic_gpu", "mosaic_tpu", "reference"]
-    assert [available for available, _ in listed.values()] == [False, False, True]
+    assert [serves for serves, _ in listed.values()] == ["no", "no", "first"]
     assert "for NVIDIA GPUs from Ampere on" in listed["mosaic_gpu"][1]
     assert "for TPUs from v5e and v5p on" in listed["mosaic_tpu"][1]
 
@@ -260,8 +260,28 @@ def _nothing_tuned():
         yield
 
 
-def building_for(device_kind):
-    device = AbstractDevice(device_kind, None, "cuda")
+@pytest.mark.parametrize(
+    ("kind", "platform", "serve", "reason"),
+    [
+        ("NVIDIA H200", "cuda", ["yes", "no", "first"], "`paxattn bench --tune` checks"),
+        ("Tesla T4", "cuda", ["no", "no", "first"], "Tesla T4 is older"),
+        ("TPU v5 lite", "tpu", ["no", "first", "yes"], "a ragged kernel for decode and prefill"),
+        ("TPU v5", "tpu", ["no", "first", "yes"], "a ragged kernel for decode and prefill"),
+        ("TPU v6 lite", "tpu", ["no", "first", "yes"], "a ragged kernel for decode and prefill"),
+        ("TPU7x", "tpu", ["no", "first", "yes"], "a ragged kernel for decode and prefill"),
+        ("TPU v4", "tpu", ["no", "no", "first"], "for TPUs from v5e and v5p on, not TPU v4"),
+    ],
+)
+def test_implementations_lists_what_other_machines_would_use(kind, platform, serve, reason):
+    with building_for(kind, platform):
+        listed = implementations()
+    assert [serves for _, serves, _ in listed] == serve
+    why = {name: reason for name, _, reason in listed}
+    assert reason in why["mosaic_tpu" if platform == "tpu" else "mosaic_gpu"]
+
+
+def building_for(device_kind, platform="cuda"):
+    device = AbstractDevice(device_kind, None, platform)
     return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
@@ -315,7 +335,7 @@ def test_the_choice_for_hopper(changes, reason):
             # By itself where it is known to work only.
             told = explain(**given, **static)
             assert told.implementation == "reference"
-            assert "shows no run on NVIDIA H200: `paxattn bench --tune` checks" in str(told)
+            assert "on NVIDIA H200: `paxattn bench --tune` checks and times" in str(told)
             with tuning.use([tuned("decode"), tuned("prefill")]):
                 assert explain(**given, **static).implementation == "mosaic_gpu"
         else:
@@ -339,7 +359,7 @@ def test_the_choice_for_other_gpus(kind):
         assert out.shape == given["q"].shape
         told = explain(**given, **static)
         assert told.implementation == "reference"
-        assert "mosaic_gpu.portable_decode and mosaic_gpu.portable_prefill can serve" in str(told)
+        assert "no run of mosaic_gpu.portable_decode and mosaic_gpu.portable_prefill" in str(told)
         entries = [tuned(f"portable_{name}", device=kind) for name in ("decode", "prefill")]
         with tuning.use(entries):
             assert explain(**given, **static).implementation == "mosaic_gpu"
@@ -359,16 +379,14 @@ def test_runs_of_something_else_make_no_kernel_the_default(entries):
     with building_for("NVIDIA H200"), tuning.use(entries):
         told = explain(**given)
         assert told.implementation == "reference"
-        assert "mosaic_gpu.prefill can serve this, but" in told.reasons[0][1]
+        assert "mosaic_gpu.prefill on NVIDIA H200: `paxattn" in told.reasons[0][1]
         assert explain(**given, implementation="mosaic_gpu").implementation == "mosaic_gpu"
-        listed = {name: reason for name, _, reason in implementations()}
-        assert "the default once `paxattn bench --tune`" in listed["mosaic_gpu"]
+        assert [serves for _, serves, _ in implementations()] == ["yes", "no", "first"]
 
 
-def test_tuned_kernels_are_listed_as_they_are():
+def test_tuned_kernels_are_tried_first():
     with building_for("NVIDIA H200"), tuning.use([tuned("decode"), tuned("prefill")]):
-        listed = {name: reason for name, _, reason in implementations()}
-    assert "the default once" not in listed["mosaic_gpu"]
+        assert [serves for _, serves, _ in implementations()] == ["first", "no", "yes"]
 
 
 @pytest.mark.parametrize(

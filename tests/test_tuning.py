@@ -252,6 +252,15 @@ def test_bad_input_gets_one_line(args, message, monkeypatch, capfd):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("heads", ["4/2", "3/3"])
+def test_heads_in_pairs_as_on_a_tpu(heads, monkeypatch, capfd):
+    monkeypatch.setattr(measure, "heads_in_a_row", lambda head_dim: 2)
+    args = ("bench", "2x20", "--heads", heads, "--head-dim", "64", "--kv-dtype", "int8")
+    code, out, err = in_process(*args, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 0, err
+    assert "reference" in out
+
+
 def test_a_damaged_table_gets_one_line(tmp_path, monkeypatch, capfd):
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps({"entries": 3}))

@@ -66,7 +66,7 @@ class Implementation:
     check: Callable[[Request | None, Target], str]
     schedule: Callable[..., Any]
     run: Callable[..., tuple[jax.Array, jax.Array]]
-    hold_back: Callable[[Request, Target], str] = lambda request, target: ""
+    hold_back: Callable[[Request | None, Target], str] = lambda request, target: ""
 
 
 @jax.tree_util.register_dataclass
@@ -129,18 +129,24 @@ _NATIVE = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 _warned: set[str] = set()
 
 
-def implementations() -> list[tuple[str, bool, str]]:
+def implementations() -> list[tuple[str, str, str]]:
     """Lists what this machine has, for `paxattn doctor`.
 
     Returns:
-        (name, whether it can run on the default device, the reason).
+        (name, whether it serves on the default device, the reason). "first": it is tried before the
+        others; "yes": it can serve, where those before it cannot or where it is asked for; "no".
     """
     target, out = target_of(None), []
+    first = consider(None, target, None).implementation
     for name, implementation in _IMPLEMENTATIONS.items():
         try:
-            out.append((name, True, implementation.check(None, target)))
+            reason = implementation.check(None, target)
         except NotImplementedError as error:
-            out.append((name, False, str(error)))
+            out.append((name, "no", str(error)))
+            continue
+        held_back = implementation.hold_back(None, target)
+        reason = "; ".join(filter(None, (reason, held_back)))
+        out.append((name, "first" if name == first else "yes", reason))
     return out
 
 
@@ -170,11 +176,11 @@ def in_order(implementation: Names, target: Target) -> tuple[str, ...]:
     return names
 
 
-def consider(request: Request, target: Target, implementation: Names) -> Explanation:
+def consider(request: Request | None, target: Target, implementation: Names) -> Explanation:
     """Asks implementations in turn until one can serve.
 
     Args:
-        request: what is asked.
+        request: what is asked; None: anything at all.
         target: what for.
         implementation: as in `paged_attention`.
 

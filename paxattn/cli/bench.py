@@ -180,7 +180,7 @@ def _served_by(work: Workload, implementation: Names) -> str:
     made = explain(
         x.q, x.k_pages, x.v_pages, implementation=implementation, block_tables=tables,
         kv_lens=x.kv_lens, cu_q_lens=x.cu_q_lens, max_q_len=work.max_q_len,
-        k_scales=x.k_scales, v_scales=x.v_scales,
+        k_scales=x.k_scales, v_scales=x.v_scales, num_kv_heads=work.num_kv_heads,
     )  # fmt: skip
     return made.implementation or "nothing"
 

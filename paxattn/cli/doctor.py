@@ -37,9 +37,9 @@ def doctor() -> None:
     console.print(table)
     console.print()
 
-    choices = Table("attention", "available", "why", box=None, pad_edge=False)
-    for name, available, reason in implementations():
-        choices.add_row(name, "yes" if available else "no", reason)
+    choices = Table("attention", "serves", "why", box=None, pad_edge=False)
+    for row in implementations():
+        choices.add_row(*row)
     console.print(choices)
     _show_tuned(console)
     if jax.default_backend() == "cpu":

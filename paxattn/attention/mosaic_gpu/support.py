@@ -44,7 +44,7 @@ def check(request: Request | None, target: Target) -> str:
     """
     card = _card(target)
     if request is None:
-        return _offer(card, target.device_kind)
+        return _offer(card)
     if request.dtype not in DTYPES:
         raise NotImplementedError(
             f"dtype {request.dtype} is not one that the tensor cores take: {' or '.join(DTYPES)}"
@@ -73,46 +73,44 @@ def check(request: Request | None, target: Target) -> str:
     return f"; rows of at most {parts.short}: ".join(told)
 
 
-def hold_back(request: Request, target: Target) -> str:
+def hold_back(request: Request | None, target: Target) -> str:
     """Says why a request should not be served by default, or "".
 
     A kernel that was never seen to be right on a kind of device is not for those who have not asked
     for it. Tuning checks what it times against the reference, so the table of tuned configs tells.
 
     Args:
-        request: what is asked, accepted by `check`.
+        request: what is asked, accepted by `check`; None: anything at all.
         target: what for.
 
     Returns:
         The reason.
     """
-    parts, kind = _divide(request, _card(target)), target.device_kind
-    needed = []
-    if parts.decode is not None:
-        needed.append(tunable.decode_name(parts.decode.card))
-    if parts.prefill is not None:
-        needed.append(tunable.prefill_name(parts.prefill.card))
-    seen = tuning.measured_on(kind, page_dtype=request.page_dtype)
+    card = _card(target)
+    if request is None:
+        own = None if card.hopper else card
+        needed, page_dtype = [tunable.decode_name(own), tunable.prefill_name(own)], None
+    else:
+        parts, page_dtype = _divide(request, card), request.page_dtype
+        needed = [tunable.decode_name(parts.decode.card)] if parts.decode else []
+        needed += [tunable.prefill_name(parts.prefill.card)] if parts.prefill else []
+    seen = tuning.measured_on(target.device_kind, page_dtype=page_dtype)
     new = [name for name in needed if name not in seen]
     if not new:
         return ""
-    option = "" if request.page_dtype is None else f" --kv-dtype {request.page_dtype}"
+    option = "" if page_dtype is None else f" --kv-dtype {page_dtype}"
     return (
-        f"{' and '.join(new)} can serve this, but the table of tuned configs shows no run on "
-        f"{kind}: `paxattn bench --tune{option}` checks it there and makes it the default, "
-        "implementation='mosaic_gpu' asks for it as it is"
+        f"the table of tuned configs shows no run of {' and '.join(new)} on {target.device_kind}: "
+        f"`paxattn bench --tune{option}` checks and times what is new there, and makes it the "
+        "default; implementation='mosaic_gpu' asks for it as it is"
     )
 
 
-def _offer(card: Card, kind: str) -> str:
+def _offer(card: Card) -> str:
     """What there is for a card."""
     pages = "pages of floats"
     if jax.__version_info__ >= (0, 11):
         pages += ", int8 and fp8" if card.fp8 else " and int8"
-    hopper = None if card.hopper else card
-    names = {tunable.decode_name(hopper), tunable.prefill_name(hopper)}
-    if not names <= tuning.measured_on(kind, page_dtype=None):
-        pages += "; the default once `paxattn bench --tune` has checked them here"
     if card.hopper:
         return f"decode and prefill kernels for NVIDIA Hopper GPUs; {pages}"
     copies = "TMA" if card.tma else "cp.async"
