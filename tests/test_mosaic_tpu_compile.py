@@ -239,7 +239,8 @@ def test_all_shapes_compile(first, generation):
 
 
 @pytest.mark.parametrize(
-    "name", [g if g == "v5p" else pytest.param(g, marks=pytest.mark.slow) for g in STEPS]
+    "name",
+    [g if g in ("v5e", "v6e", "v5p") else pytest.param(g, marks=pytest.mark.slow) for g in STEPS],
 )
 def test_a_decode_step_updates_the_pool_in_place_and_materialises_nothing_large(name):
     ((_, facts),) = tpu_compiler.compile_programs(
