@@ -203,3 +203,14 @@ def test_merge():
     np.testing.assert_allclose(mixed[:2], (o[:2] + 1) / 2)
     np.testing.assert_allclose(total, lse + np.log(2.0), rtol=1e-6)
     assert np.isneginf(total[2])
+
+
+def test_gradients_of_merged_parts_are_finite_where_all_are_empty():
+    o, lse = jnp.ones((2, 3, 1, 4)), jnp.asarray([[0.0, 1.0, -jnp.inf], [2.0, -jnp.inf, -jnp.inf]])
+
+    def loss(o, lse):
+        o, lse = merge(o, lse)
+        return o.sum() + jnp.where(jnp.isfinite(lse), lse, 0.0).sum()
+
+    for found in jax.grad(loss, argnums=(0, 1))(o, lse[..., None]):
+        assert np.isfinite(found).all()

@@ -23,6 +23,6 @@ def merge(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.A
     top = lse.max(axis=axis, keepdims=True)
     weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))  # exp(-inf - 0) is 0, not NaN
     total = weights.sum(axis=axis, keepdims=True)
-    weights = weights / jnp.where(total == 0.0, 1.0, total)
-    merged = (o.astype(jnp.float32) * weights[..., None]).sum(axis=axis)
+    total = jnp.where(total == 0.0, 1.0, total)  # (of log(0), too, the gradient would be NaN)
+    merged = (o.astype(jnp.float32) * (weights / total)[..., None]).sum(axis=axis)
     return merged.astype(o.dtype), jnp.squeeze(jnp.log(total) + top, axis)
