@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from test_attention_api import building_for
 from test_cli import in_process
 
 from paxattn.attention import cut, measure, tune, tuning
@@ -211,6 +212,34 @@ def test_tuning_times_candidates_and_the_op_uses_what_it_wrote(kv_dtype, table, 
     assert str(table) in out
 
 
+@pytest.mark.parametrize(
+    ("rows", "asking"),
+    [
+        ("2x64", {"decode"}),
+        ("1x512/512", {"prefill"}),  # (the decode kernel is there, and has no row)
+        ("1x512/512+2x64", {"decode", "prefill"}),
+    ],
+)
+@pytest.mark.parametrize(("device", "kind"), [("NVIDIA H200", ""), ("NVIDIA B200", "portable_")])
+def test_kernels_are_tuned_that_have_rows_to_serve(rows, asking, device, kind):
+    if kind and jax.__version_info__ < (0, 11):
+        pytest.skip("the portable kernels need jax 0.11")
+    shape = dict(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16")
+    work = Workload(rows=parse_rows(rows), **shape)
+    with building_for(device):
+        questions = tune.questions_of(work, "mosaic_gpu")
+    assert {question.kernel for question in questions} == {f"mosaic_gpu.{kind}{x}" for x in asking}
+
+
+def test_where_nothing_can_be_tuned_nothing_is_written(table, monkeypatch, capfd):
+    monkeypatch.setattr(tune, "questions_of", lambda work, implementation: [])
+    args = ("bench", "2x20", "--heads", "4/2", "--head-dim", "16", "--tune")
+    code, out, err = in_process(*args, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 0, err
+    assert "nothing to tune" in out
+    assert not table.exists()
+
+
 def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     """A kernel of two configs, of which one doubles; it need be no attention for that."""
 
@@ -227,7 +256,7 @@ def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     monkeypatch.setattr(measure, "op_of", op_of)
     work = Workload(rows=parse_rows("1x9"), **TINY)
     with tuning.use([]):
-        entries, trials = tune.tune([work], repeats=1)
+        entries, trials = tune.tune([work], implementation="double", repeats=1)
     assert [(t.config.block_q, t.failure[:5], t.chosen) for t in trials] == [
         (32, "", True),
         (1, "wrong", False),

@@ -48,7 +48,7 @@ class Trial:
 def tune(
     works: Sequence[Workload],
     *,
-    implementation: Names = None,
+    implementation: str | Sequence[str],
     repeats: int = 7,
     version: str = "",
     report: Callable[[str], None] = lambda line: None,
@@ -57,7 +57,8 @@ def tune(
 
     Args:
         works: the workloads.
-        implementation: as in `paged_attention`.
+        implementation: as in `paged_attention`, by name: what tables do not know yet is held back
+            from those who do not ask for it.
         repeats: timings of each candidate.
         version: of the package, for the entries.
         report: told in a few words what is being done.
@@ -109,12 +110,18 @@ def tune(
 
 
 def questions_of(work: Workload, implementation: Names = None) -> list[Question]:
-    """What the kernels that serve a workload ask, found by tracing: nothing runs."""
+    """What the kernels that serve a workload's rows ask, found by tracing: nothing runs."""
     inputs = jax.eval_shape(lambda: measure.make_inputs(work, turns=1))
     op = measure.op_of(work, implementation)
     with tuning.listen() as questions:
         jax.eval_shape(lambda x: op(x.q, x, x.tables[0]), inputs)
-    found = {question.entry(question.default).place: question for question in questions}
+    # (A kernel that is there for shorter rows than these would run, and have nothing to do.)
+    least = min(new for new, _ in work.rows)
+    found = {
+        question.entry(question.default).place: question
+        for question in questions
+        if question.max_q_len is None or question.max_q_len >= least
+    }
     return list(found.values())
 
 
@@ -122,7 +129,7 @@ def _time(
     work: Workload,
     question: Question,
     configs: Sequence[Any],
-    implementation: Names,
+    implementation: str | Sequence[str],
     repeats: int,
 ) -> tuple[dict[Any, float], dict[Any, str]]:
     """Seconds per call of the configs that work, and why the others do not."""

@@ -70,6 +70,7 @@ class Question:
         key: static facts.
         default: the heuristic's config.
         candidates: the configs that the kernel can be built with, the default among them.
+        max_q_len: the kernel's rows have at most so many new tokens; None: any number.
     """
 
     device: str
@@ -77,6 +78,7 @@ class Question:
     key: Mapping[str, Any]
     default: Any
     candidates: tuple[Any, ...]
+    max_q_len: int | None = None
 
     def entry(self, config: Any, **measured: Any) -> Entry:
         """The entry that answers with `config`: its fields that differ between candidates count."""
@@ -194,6 +196,7 @@ def pick(
     key: Mapping[str, Any],
     default: Config,
     candidates: Iterable[Config],
+    max_q_len: int | None = None,
 ) -> Config:
     """Chooses a config. To be called while tracing, outside of any `jax.jit` of the library's own.
 
@@ -203,6 +206,7 @@ def pick(
         key: static facts that the choice depends on, as JSON has them.
         default: the heuristic's config.
         candidates: what the kernel can be built with.
+        max_q_len: as in `Question`.
 
     Returns:
         The tuned config, or the default where no entry fits. An entry that is no candidate (any
@@ -212,7 +216,10 @@ def pick(
         ValueError: a table is damaged.
     """
     every = tuple(dict.fromkeys((default, *candidates)))
-    question = Question(device=device, kernel=kernel, key=key, default=default, candidates=every)
+    question = Question(
+        device=device, kernel=kernel, key=key, default=default, candidates=every,
+        max_q_len=max_q_len,
+    )  # fmt: skip
     asked = _asked.get()
     if asked is not None:
         asked.append(question)

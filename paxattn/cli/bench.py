@@ -101,16 +101,17 @@ def bench(
     path = table or tuning.user_table()
     known = tuning.read(path) if table else tuning.entries()
     out, log = Output(highlight=False), Output(stderr=True, highlight=False)
-    asked = in_order(implementation, target_of(None)) if tuned else implementation
+    asked: Names = implementation
     with tuning.use(known):
         if tuned:
+            asked = in_order(implementation, target_of(None))
             known = _tune(works, asked, path, out, log)
     with tuning.use(known):
         _time(names, works, asked, out, log)
 
 
 def _tune(
-    works: Sequence[Workload], implementation: Names, path: Path, out: Output, log: Output
+    works: Sequence[Workload], implementation: Sequence[str], path: Path, out: Output, log: Output
 ) -> tuple[tuning.Entry, ...]:
     """Shows every candidate, writes the table, and returns all entries."""
     known = tuning.entries()
@@ -129,8 +130,11 @@ def _tune(
             shown.add_row(config, time, trial.failure or " ".join(notes))
         out.print(shown)
         out.print()
-    tuning.write(path, entries)
-    out.print(f"wrote {path}\n", markup=False, soft_wrap=True)
+    if entries:
+        tuning.write(path, entries)
+        out.print(f"wrote {path}\n", markup=False, soft_wrap=True)
+    else:
+        out.print("nothing to tune: what serves these batches has one config\n")
     return (*known, *entries)
 
 

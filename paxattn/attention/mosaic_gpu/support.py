@@ -231,7 +231,9 @@ def schedule(
     sizes: dict[str, Any] = dict(decode=None, prefill=None)
     if decode is not None:
         pick = tunable.decode_config
-        sizes["decode"] = pick(decode.card, **given, rows=parts.rows, split=fixed_split)
+        sizes["decode"] = pick(
+            decode.card, **given, rows=parts.rows, split=fixed_split, max_q_len=parts.short
+        )
         sizes["decode_card"] = decode.card
     if prefill is not None:
         sizes["prefill"] = tunable.prefill_config(prefill.card, **given)

@@ -64,6 +64,7 @@ def prefill_name(card: Card | None) -> str:
 def decode_config(
     card: Card | None = None, *, device: str, dtype: str, rows: int, head_dim: int, page_size: int,
     num_sms: int = 132, split: int | None = None, page_dtype: str | None = None,
+    max_q_len: int | None = None,
 ) -> decode.Config:  # fmt: skip
     """Chooses a decode kernel's config: the tuned one, else the heuristic's.
 
@@ -77,6 +78,7 @@ def decode_config(
         num_sms: multiprocessors of a Hopper GPU.
         split: as in `config.Config`.
         page_dtype: of quantised pages, or None.
+        max_q_len: as in `tuning.Question`.
 
     Returns:
         The config.
@@ -99,6 +101,7 @@ def decode_config(
         ),
         default=default,
         candidates=candidates,
+        max_q_len=max_q_len,
     )
 
 
