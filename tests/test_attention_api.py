@@ -25,7 +25,9 @@ from paxattn.attention import (
     choice,
     explain,
     implementations,
+    measure,
     paged_attention,
+    tune,
     tuning,
 )
 from paxattn.attention import paged_attention_decode as decode
@@ -263,7 +265,7 @@ def _nothing_tuned():
 @pytest.mark.parametrize(
     ("kind", "platform", "serve", "reason"),
     [
-        ("NVIDIA H200", "cuda", ["yes", "no", "first"], "`paxattn bench --tune` checks"),
+        ("NVIDIA H200", "cuda", ["yes", "no", "first"], "`paxattn bench --tune` there once"),
         ("Tesla T4", "cuda", ["no", "no", "first"], "Tesla T4 is older"),
         ("TPU v5 lite", "tpu", ["no", "first", "yes"], "a ragged kernel for decode and prefill"),
         ("TPU v5", "tpu", ["no", "first", "yes"], "a ragged kernel for decode and prefill"),
@@ -335,7 +337,7 @@ def test_the_choice_for_hopper(changes, reason):
             # By itself where it is known to work only.
             told = explain(**given, **static)
             assert told.implementation == "reference"
-            assert "on NVIDIA H200: `paxattn bench --tune` checks and times" in str(told)
+            assert "not checked on NVIDIA H200 yet: run `paxattn bench --tune --heads" in str(told)
             with tuning.use([tuned("decode"), tuned("prefill")]):
                 assert explain(**given, **static).implementation == "mosaic_gpu"
         else:
@@ -359,7 +361,7 @@ def test_the_choice_for_other_gpus(kind):
         assert out.shape == given["q"].shape
         told = explain(**given, **static)
         assert told.implementation == "reference"
-        assert "no run of mosaic_gpu.portable_decode and mosaic_gpu.portable_prefill" in str(told)
+        assert "mosaic_gpu.portable_decode and mosaic_gpu.portable_prefill not checked" in str(told)
         entries = [tuned(f"portable_{name}", device=kind) for name in ("decode", "prefill")]
         with tuning.use(entries):
             assert explain(**given, **static).implementation == "mosaic_gpu"
@@ -379,9 +381,50 @@ def test_runs_of_something_else_make_no_kernel_the_default(entries):
     with building_for("NVIDIA H200"), tuning.use(entries):
         told = explain(**given)
         assert told.implementation == "reference"
-        assert "mosaic_gpu.prefill on NVIDIA H200: `paxattn" in told.reasons[0][1]
+        assert "mosaic_gpu.prefill not checked on NVIDIA H200" in told.reasons[0][1]
         assert explain(**given, implementation="mosaic_gpu").implementation == "mosaic_gpu"
         assert [serves for _, serves, _ in implementations()] == ["yes", "no", "first"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "page_dtype"),
+    [
+        (dict(), None),
+        (dict(max_q_len=100, tokens=200, heads=(24, 2), page_size=32), None),
+        (dict(), "int8"),
+        (dict(head_dim=192), "int8"),  # (of the portable kernels)
+        (dict(max_q_len=100, tokens=200, page_size=8), "float8_e4m3fn"),  # (one of each)
+    ],
+)
+def test_tuning_with_the_options_that_the_reason_names_makes_kernels_the_default(
+    changes, page_dtype
+):
+    given = on_hopper(**changes)
+    if page_dtype is not None:
+        if jax.__version_info__ < (0, 11):
+            pytest.skip("kernels read quantised pages from jax 0.11 on")
+        pages, scales = given["k_pages"].shape, S(given["k_pages"].shape[:-1], jnp.bfloat16)
+        given |= {name: S(pages, page_dtype) for name in ("k_pages", "v_pages")}
+        given |= dict(k_scales=scales, v_scales=scales)
+    with building_for("NVIDIA H200"):
+        told = explain(**given)
+        assert told.implementation == "reference"
+        options = re.search("`paxattn bench --tune (.*?)`", told.reasons[0][1])[1].split()
+        named = dict(zip(options[::2], options[1::2], strict=True))
+        heads, kv_heads = map(int, named.pop("--heads").split("/"))
+        work = measure.Workload(
+            rows=measure.parse_rows("2x64+1x512/512"),
+            num_q_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=int(named.pop("--head-dim")),
+            page_size=int(named.pop("--page-size")),
+            dtype=named.pop("--dtype"),
+            page_dtype=named.pop("--kv-dtype", None),
+        )
+        assert not named
+        questions = tune.questions_of(work, "mosaic_gpu")
+        with tuning.use([question.entry(question.default) for question in questions]):
+            assert explain(**given).implementation == "mosaic_gpu"
 
 
 def test_tuned_kernels_are_tried_first():

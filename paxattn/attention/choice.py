@@ -4,7 +4,7 @@ An implementation is a name, a check that raises NotImplementedError with the re
 serve a request on a target, and two functions: one divides the work of a step's batch, the other
 runs a layer of it. By default the native one of the target is tried first and the reference last; a
 target with an accelerator that ends up on the reference is told why, once per reason. A native one
-that has not run on a kind of device yet may ask not to be chosen there by default (`hold_back`).
+that was not checked on a kind of device yet may ask not to be its default (`hold_back`).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Implementation:
         schedule: works out what is the same for all layers of a step, a pytree.
         run: runs it; arguments as `paged_attention_reference` has them, and `plan`, what
             `schedule` has worked out.
-        hold_back: of what `check` accepts, says why it should be served if asked for by name only,
-            or "".
+        hold_back: of what `check` accepts, says why it should only be served to who asks for it by
+            name, or "".
     """
 
     name: str

@@ -2,8 +2,8 @@
 
 Rows of few new tokens go to a decode kernel, the others to a prefill kernel. Each is Hopper's own
 where that can serve, else the portable one. `check` tells which do, or declines with a reason,
-`hold_back` whether they have run on such a device, `schedule` divides a batch between them and over
-the multiprocessors, and `run` serves it so.
+`hold_back` whether they were checked on such a device, `schedule` divides a batch between them and
+over the multiprocessors, and `run` serves it so.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def hold_back(request: Request | None, target: Target) -> str:
 
     Returns:
         The reason.
+
+    Raises:
+        ValueError: a table is damaged.
     """
     card = _card(target)
     if request is None:
@@ -98,11 +101,22 @@ def hold_back(request: Request | None, target: Target) -> str:
     new = [name for name in needed if name not in seen]
     if not new:
         return ""
-    option = "" if page_dtype is None else f" --kv-dtype {page_dtype}"
     return (
-        f"the table of tuned configs shows no run of {' and '.join(new)} on {target.device_kind}: "
-        f"`paxattn bench --tune{option}` checks and times what is new there, and makes it the "
-        "default; implementation='mosaic_gpu' asks for it as it is"
+        f"{' and '.join(new)} not checked on {target.device_kind} yet: run "
+        f"`paxattn bench --tune{_options(request)}` there once, which compares with the reference, "
+        "times, and makes what is right the default; or pass implementation='mosaic_gpu' to run it "
+        "unchecked"
+    )
+
+
+def _options(request: Request | None) -> str:
+    """Those of `paxattn bench` with which the kernels of a request serve."""
+    if request is None:
+        return ""
+    pages = "" if request.page_dtype is None else f" --kv-dtype {request.page_dtype}"
+    return (
+        f" --heads {request.num_q_heads}/{request.num_kv_heads} --head-dim {request.head_dim}"
+        f" --page-size {request.page_size} --dtype {request.dtype}{pages}"
     )
 
 
