@@ -184,6 +184,18 @@ def test_tables_take_turns():
     assert math.isnan(measure.error(spread, inputs.q))
 
 
+@pytest.mark.parametrize("rows", ["1x16", "1x40000"])
+def test_an_answer_to_fewer_tokens_is_wrong_in_rows_of_any_length(rows):
+    """By the coarsest dtype's tolerance; what that rounds is not."""
+    coarse = Workload(rows=parse_rows(rows), **TINY | dict(dtype="bfloat16"))
+    work = dataclasses.replace(coarse, dtype="float32")
+    inputs = measure.make_inputs(work, turns=1)
+    right = measure.right_answer(work, inputs, 1)
+    assert measure.error(right.astype(jnp.bfloat16), right) < coarse.tolerance / 2
+    less = dataclasses.replace(inputs, kv_lens=inputs.kv_lens * 7 // 8)
+    assert measure.error(measure.right_answer(work, less, 1), right) > coarse.tolerance
+
+
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_tuning_times_candidates_and_the_op_uses_what_it_wrote(kv_dtype, table, monkeypatch, capfd):
     """The whole way, by the command line, with the reference and a real clock."""

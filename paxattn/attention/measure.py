@@ -79,7 +79,7 @@ class Workload:
 
     @property
     def tolerance(self) -> float:
-        """Bound on the error of a right answer."""
+        """Bound on the `error` of a right answer."""
         # (Hopper's decode kernel multiplies int8 numbers as bf16 ones, whatever the queries are.)
         bf16 = self.page_dtype == "int8" and self.dtype == "float16"
         return _TOLERANCE["bfloat16" if bf16 else self.dtype]
@@ -292,5 +292,10 @@ def right_answer(work: Workload, inputs: Inputs, steps: int) -> jax.Array:
 
 
 def error(got: jax.Array, right: jax.Array) -> float:
-    """The largest error of an answer (NaN if there is one in it)."""
-    return float(jnp.max(jnp.abs(got.astype(jnp.float32) - right)))
+    """The largest error of an answer `[T, Hq, D]` (NaN if there is one in it).
+
+    It is relative to the largest number of the same token and head: the longer a row is, the
+    smaller they are, and a fixed bound would take zeros for an answer to 100,000 tokens.
+    """
+    largest = jnp.max(jnp.abs(right), axis=-1, keepdims=True)
+    return float(jnp.max(jnp.abs(got.astype(jnp.float32) - right) / largest))
