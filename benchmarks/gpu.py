@@ -53,16 +53,15 @@ def run_section(
     until = begun + seconds
     journal.touch()
     while True:
-        before = journal.stat().st_size
+        done = _attempts(journal)[0]
         ended = _run_process(name, journal, args, until, patience)
-        lines = _lines(journal)
-        if lines and "begin" in lines[-1]:
-            row = lines[-1]["begin"]
+        now_done, row = _attempts(journal)
+        if row is not None:
+            now_done += 1
             with journal.open("a") as file:
                 failed = {"row": row | {"error": ended or "it ended"}, "of": row, "found": None}
                 file.write(json.dumps(failed) + "\n")
-        left = until - time.monotonic()
-        if not ended or left < 5 or journal.stat().st_size == before:
+        if not ended or now_done == done or until - time.monotonic() < 5:
             break
     rows: list[dict] = []
     for line in _lines(journal):
@@ -91,7 +90,7 @@ def _run_process(
             now = time.monotonic()
         if journal.stat().st_size != size:
             size, since = journal.stat().st_size, now
-            measuring = any("begin" in line for line in _lines(journal)[-1:])
+            measuring = _attempts(journal)[1] is not None
         if now < until and (not measuring or now - since < patience):
             continue
         process.kill()
@@ -103,6 +102,17 @@ def _lines(journal: Path) -> list[dict]:
     """What is complete of a journal; see `Context`."""
     text = journal.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _attempts(journal: Path) -> tuple[int, dict | None]:
+    """How many measurements have ended, and the row of the one that has not, if there is one."""
+    ended, begun = 0, None
+    for line in _lines(journal):
+        if "begin" in line:
+            begun = line["begin"]
+        elif "of" in line:
+            ended, begun = ended + 1, None
+    return ended, begun
 
 
 def environment(tiny: bool) -> dict[str, str]:

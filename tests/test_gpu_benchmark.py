@@ -60,6 +60,41 @@ def test_what_takes_the_process_along_is_named_and_the_rest_is_measured(
     assert second["error"].startswith(told)
 
 
+def test_a_fault_behind_rows_that_are_emitted_while_measuring_is_the_measurements(
+    gpu, monkeypatch, tmp_path
+):
+    script = tmp_path / "faulty.py"
+    fault = "(context.emit(dict(kernel=1)), os.abort())"
+    script.write_text(FAULTY.format(folder=str(SCRIPT.parent), fault=fault))
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    args = argparse.Namespace(peers=tmp_path, tiny=True)
+    result = gpu.run_section("faulty", tmp_path / "rows", args, seconds=200, patience=30)
+    assert "ended" not in result
+    assert [row for row in result["rows"] if row.get("n", 1) > 1] == [
+        {"n": 2, "error": "exit code -6"},
+        {"n": 3, "ok": True},
+    ]
+
+
+def test_a_section_that_fails_outside_of_measurements_is_not_begun_again(
+    gpu, monkeypatch, tmp_path
+):
+    script = tmp_path / "faulty.py"
+    text = FAULTY.format(folder=str(SCRIPT.parent), fault="{}")
+    script.write_text(text.replace("    context.attempt", "    os.abort()\n    context.attempt", 1))
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    started = []
+    popen = gpu.subprocess.Popen
+    monkeypatch.setattr(
+        gpu.subprocess, "Popen", lambda *args, **more: started.append(0) or popen(*args, **more)
+    )
+    args = argparse.Namespace(peers=tmp_path, tiny=True)
+    result = gpu.run_section("faulty", tmp_path / "rows", args, seconds=200, patience=30)
+    assert result["ended"] == "exit code -6"
+    assert result["rows"] == [{"what": "version"}]
+    assert len(started) == 1
+
+
 def test_a_section_that_never_begins_to_measure_is_killed_and_named(gpu, tmp_path):
     args = argparse.Namespace(peers=tmp_path, tiny=True)
     result = gpu.run_section("step", tmp_path / "rows", args, seconds=0.3, patience=1)
