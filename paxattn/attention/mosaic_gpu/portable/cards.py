@@ -68,7 +68,7 @@ _CARDS = (
     (r"\bRTX 5090\b", _consumer("sm_120", 170, tma=True)),
     (r"\b(RTX 50\d\d|RTX PRO \d000 Blackwell)\b", _consumer("sm_120", 84, tma=True)),
 )
-_OLDER = re.compile(r"\b(T4|V100|P100|P40|P4|K80|M60|GTX|RTX 20\d\d|TITAN|Quadro)\b")
+_OLDER = re.compile(r"\b(T4|V100|P100|P40|P4|K80|M60|GTX|RTX 20[678]0|TITAN|Quadro)\b")
 
 
 def card_of(device_kind: str) -> Card | None:
