@@ -23,7 +23,14 @@ from paxattn.target import target_of
 
 _SHAPES = {
     "cpu": ("8x256", "8x1024", "1x512/512"),
-    "other": ("8x1024", "64x4096", "8x32768", "1x131072+31x4096", "1x8192/8192"),
+    "other": (
+        "8x1024",
+        "64x4096",
+        "8x32768",
+        "1x131072+31x4096",
+        "1x512/4096+63x4096",
+        "1x8192/8192",
+    ),
 }
 
 
@@ -75,7 +82,7 @@ def bench(
     """Time paged attention on this machine, for SHAPES such as 64x4096.
 
     64x4096 is a decode step of 64 sequences of 4096 tokens; 2x512/2048 runs the last 512 of 2048
-    tokens of two sequences; 1x131072+31x4096 has rows of both kinds.
+    tokens of two sequences; 1x512/4096+63x4096 has rows of both kinds.
     """
     devices()
     on_cpu = jax.default_backend() == "cpu"
