@@ -115,7 +115,8 @@ def box_alignment(ptx: str) -> int | None:
     1024.) The hardware asks for 128, and neither interpreter nor compiler looks.
     """
     written: dict[str, list[tuple[str, list[str]]]] = {}
-    for op, register, operands in re.findall(r"^\s*([a-z][\w.]*)\s+(%\w+), (.*);", ptx, re.M):
+    line = r"^\s*(?:@!?%\w+\s+)?([a-z][\w.]*)\s+(%\w+), (.*);"  # (with a predicate or without)
+    for op, register, operands in re.findall(line, ptx, re.M):
         written.setdefault(register, []).append((op.split(".")[0], operands.split(", ")))
     multiple = dict.fromkeys(written, _ANY)
 

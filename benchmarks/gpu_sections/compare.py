@@ -39,7 +39,7 @@ def compare(
         seconds, error = timer(work, made[0])
         us = seconds * 1e6
         over = 1.0 if ours is None else us / ours
-        return {"us": us, **figures(work, seconds), "time over ours": over, "max error": error}
+        return {"us": us, **figures(work, seconds), "time over ours": over, "relative error": error}
 
     own = partial(row, partial(_ours, context), None)
     if found := context.attempt(case | {"attention": "paxattn"}, own):

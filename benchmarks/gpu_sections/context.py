@@ -92,6 +92,7 @@ def workload(rows: list[tuple[int, int]], *, tiny: bool, **changes) -> Workload:
 def host_error(work: Workload, inputs: Inputs, steps: int, got: jax.Array) -> float:
     """The largest error of the last of `steps` calls, against float64 on the host.
 
+    As in `measure.error`, it is relative to the largest number of the same token and head.
     Looked at are the first and the last row, one KV head of each, and at most their last 16 tokens.
     """
     tables = np.asarray(inputs.tables[(steps - 1) % inputs.tables.shape[0]])
@@ -120,7 +121,8 @@ def host_error(work: Workload, inputs: Inputs, steps: int, got: jax.Array) -> fl
         s = np.where(np.arange(stored) <= position[:, None, None], s, -np.inf)
         p = np.exp(s - s.max(axis=-1, keepdims=True))
         right = np.einsum("qgt,td->qgd", p / p.sum(axis=-1, keepdims=True), v)
-        error = np.abs(np.asarray(got[tokens, heads], np.float64) - right).max()
+        wrong = np.abs(np.asarray(got[tokens, heads], np.float64) - right)
+        error = (wrong / np.abs(right).max(axis=-1, keepdims=True)).max()
         worst = max(worst, error) if error == error else float("nan")
     return float(worst)
 
