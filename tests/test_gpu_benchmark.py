@@ -118,8 +118,9 @@ def test_a_section_at_toy_sizes(name, tmp_path):
     own = [row for row in result["rows"] if row.get("attention", "paxattn") == "paxattn"]
     assert not [row for row in own if "error" in row and row.get("what") != "nvidia-smi"]
     if name in ("decode", "prefill"):
-        for error in ("max error", "relative error"):
-            assert all(row.get(error, 0) < 1e-4 for row in result["rows"])
+        errors = [row["relative error"] for row in result["rows"] if "us" in row]
+        assert errors
+        assert max(errors) < 1e-4
     if name == "correct":
         assert all(row["right"] == "yes" for row in result["rows"])
 
